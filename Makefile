@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+#   make demo    generate on the small model, dense beside sparse, and print what it gained and cost
+#   make test    the whole test suite            make check   format, lint, types, the fast tests
+#   make bench   kernel speed on this machine    make lint    format, lint, types
+#   make clean   remove the environment
+#
+# Each makes its own environment in .venv where there is none; it needs Python >= 3.10 and make.
+# Variables: PYTHON (which one), TORCH (which build on a machine without an NVIDIA GPU; a torch that
+# is in .venv already is left alone), JOBS (test processes), PYTEST_ARGS, BENCH_ARGS.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.use
+	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
+		--strategy wan-tiny.radial -o outputs/demo --compare-dense
+
+# --dist loadfile: a file's models and fixtures are built in one process.
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+check: lint
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+
+bench: $(VENV)/.use
+	@$(BIN)/dit-sparse bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "dit_sparse needs Python >= 3.10, '$(PYTHON)' is $$($(PYTHON) -V 2>&1 || true);" \
+			"name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+# Where there is no NVIDIA GPU, PyPI's torch for Linux would bring gigabytes of CUDA for nothing.
+# `+cpu` sorts above the plain version, so pip takes it from wherever it is offered. One short try:
+# an index that cannot be reached costs seconds, then pip takes what its own configuration has.
+$(VENV)/.torch: $(VENV)/.made
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then :; \
+	elif nvidia-smi -L >/dev/null 2>&1 || [ -e /dev/nvidia0 ]; then :; \
+	else \
+		echo "Installing $(TORCH), the CPU build: there is no NVIDIA GPU here (about 200 MB)"; \
+		$(PIP) install --no-deps --timeout 5 --retries 1 --extra-index-url $(CPU_INDEX) "$(TORCH)" \
+			|| $(PIP) install --no-deps "$(TORCH)"; \
+	fi
+	@touch $@
+
+$(VENV)/.use: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
+	@echo "Installing dit_sparse into $(VENV): the first time takes a minute or two"
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
+	@echo "Installing dit_sparse with its tests into $(VENV): the first time takes a minute or two"
+	@$(PIP) install -e ".[dev,quality,distill]"
+	@touch $@ $(VENV)/.use

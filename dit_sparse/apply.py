@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attach sparse attention to a pipeline or a bare transformer, and take it off again.
+
+Attaching is all or nothing; detaching leaves the model bit-identical, also after an exception in
+the middle of a generation. Enabling or disabling from a step callback is allowed: it takes effect
+at the next transformer pass, and the report says from which step on.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dit_sparse.backends import Backends
+from dit_sparse.engine import SparseEngine, Stage
+from dit_sparse.errors import AttachError, UnsupportedError
+from dit_sparse.pipelines import FAMILIES, family_of, hooks, unwrap
+from dit_sparse.pipelines.clock import Clock
+from dit_sparse.pipelines.processors import SITE, adopt, derive, release, stock_class
+from dit_sparse.pipelines.site import Site
+from dit_sparse.strategy import Strategy, config_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from os import PathLike
+
+    from typing_extensions import Self
+
+    from dit_sparse.report import Report
+
+    Profile = Strategy | str | PathLike[str] | dict[str, Any]
+
+HANDLE = "_dit_sparse_handle"
+STAGES = ("transformer", "transformer_2")
+
+
+class SparseAttention(SparseEngine):
+    """The handle of one attachment: what ``pipe.sparse_attention`` gives.
+
+    Also a context manager: leaving it detaches.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        strategy: Strategy,
+        *,
+        scheduler: Any = None,
+        kernel: str | None = None,
+        strict: bool = False,
+        probe: int = 0,
+    ) -> None:
+        """Attach; see ``enable``."""
+        bare = isinstance(target, nn.Module)
+        self._models = transformers_of(target)
+        stages, places = {}, []
+        for name, model in self._models.items():
+            if attached := [p for p, m in model.named_modules() if hasattr(m, SITE)]:
+                raise AttachError(
+                    f"{name}.{attached[0]} already has sparse attention from another pipeline "
+                    "that shares this transformer; disable it there first"
+                )
+            family = family_of(model)
+            modules = family.attention_modules(model)
+            stages[name] = Stage(name, family, len(modules))
+            for layer, (path, module) in enumerate(modules):
+                derive(stock_class(module))  # raises before anything is changed
+                places.append((module, f"{name}.{path}", layer, name))
+            for remark in strategy.validate_for(
+                type(model).__name__,
+                num_layers=len(modules),
+                num_heads=modules[0][1].heads,
+                stages=tuple(self._models),
+                config_hash=config_hash(model.config),
+            ):
+                warnings.warn(remark, stacklevel=4)
+        # Weakly: the pipeline holds this handle.
+        clock = Clock(None if bare else weakref.proxy(target), scheduler)
+        backends = Backends(kernel)
+        super().__init__(strategy, backends, clock, stages, strict=strict, probe=probe)
+        self.target_name = type(unwrap(target) if bare else target).__name__
+        self.removed = False
+        clock.start()
+        self._sites = []
+        for module, path, layer, name in places:
+            site = Site(self, module, path, layer, name)
+            setattr(module, SITE, site)
+            self._sites.append(site)
+        self.adopt()
+        for name, model in self._models.items():
+            hooks.attach(model, self, stages[name].family)
+        setattr(target, HANDLE, self)
+
+    def adopt(self) -> None:
+        """Give newly set processors their derived class (fused QKV, adapters set since)."""
+        for site in self._sites:
+            adopt(site.module)
+
+    def at(self, step: int, num_steps: int, branch: str = "cond") -> None:
+        """Tell the time by hand, for a loop around a bare transformer.
+
+        Args:
+            step: 0-based step of the passes that follow; a smaller one than before starts a new
+                generation.
+            num_steps: Steps of the generation.
+            branch: "cond", "uncond", or "both" where one batch holds both.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step must lie in [0, num_steps = {num_steps}), got {step}")
+        self.clock.fixed = (step, num_steps, branch)
+
+    def summary(self) -> str:
+        """Say in a few lines what the newest generation did."""
+        return self.report().summary()
+
+    def remove(self) -> None:
+        """Detach: the model is as it was before. Does nothing the second time."""
+        if self.removed:
+            return
+        self.removed = True
+        for model in self._models.values():
+            hooks.detach(model)
+        for site in self._sites:
+            release(site.module)
+            site.module.__dict__.pop(SITE, None)
+        self.end_generation()
+        self.memory.shared.clear()
+
+    def __enter__(self) -> Self:
+        """Already attached."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detach, also after an exception."""
+        self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied pipeline is a plain one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled pipeline is a plain one."""
+        return type(None), ()
+
+    def __repr__(self) -> str:
+        """Name the strategy and the model."""
+        state = "removed" if self.removed else "attached"
+        return f"<SparseAttention {self.strategy.name!r} on {self.target_name}, {state}>"
+
+
+def transformers_of(target: Any) -> dict[str, Any]:
+    """Find the transformers of a pipeline, or take a bare one; unwrapped from torch.compile.
+
+    Raises:
+        UnsupportedError: None of a known family; says which there are.
+    """
+    if isinstance(target, nn.Module):
+        return {"transformer": unwrap(target)}
+    found = {name: getattr(target, name, None) for name in STAGES}
+    models = {name: unwrap(m) for name, m in found.items() if isinstance(m, nn.Module)}
+    if not models:
+        raise UnsupportedError(
+            f"{type(target).__name__} has no transformer that dit_sparse knows; it supports "
+            f"pipelines with: {', '.join(sorted(FAMILIES))}"
+        )
+    return models
+
+
+def current(target: Any) -> SparseAttention | None:
+    """Return the handle of what is attached to ``target``, or None."""
+    handle: SparseAttention | None = getattr(target, HANDLE, None)
+    return None if handle is None or handle.removed else handle
+
+
+def enable(
+    target: Any,
+    profile: Profile,
+    *,
+    scheduler: Any = None,
+    kernel: str | None = None,
+    strict: bool = False,
+    probe: int = 0,
+    **options: Any,
+) -> SparseAttention:
+    """Let ``target`` compute only part of its self-attention.
+
+    Args:
+        target: A Diffusers pipeline, or a bare transformer of a known family.
+        profile: A shipped name, a path, a Hub repository, a method's name, or a ``Strategy``.
+        scheduler: For a bare transformer: where its step is read. Without one, call
+            ``handle.at(step, num_steps)`` before each pass.
+        kernel: Name of the kernel to use; None: the best that can run here. A kernel that cannot
+            run raises, it is never replaced.
+        strict: Raise where a call would stay dense because its geometry or mask is not
+            understood; by default it stays dense and the report says why.
+        probe: Query rows per call on which recall is measured, >= 0 (0: not measured).
+        **options: Override the strategy's schedule, or its method's parameters where it has one.
+
+    Returns:
+        The handle; ``handle.remove()``, or leaving it as a context manager, detaches.
+
+    Raises:
+        AttachError: Something is attached already.
+        UnsupportedError: Not a pipeline or model that dit_sparse knows.
+        StrategyError: The profile cannot be found, read, or does not fit this model.
+    """
+    if (active := current(target)) is not None:
+        raise AttachError(
+            f"sparse attention {active.strategy.name!r} is already enabled on "
+            f"{active.target_name}; call disable_sparse_attention() first"
+        )
+    if probe < 0:
+        raise ValueError(f"probe must be a number of rows >= 0, got {probe}")
+    strategy = Strategy.coerce(profile, **options)
+    return SparseAttention(
+        target, strategy, scheduler=scheduler, kernel=kernel, strict=strict, probe=probe
+    )
+
+
+def disable(target: Any) -> None:
+    """Detach from ``target``; warns where nothing is attached."""
+    handle = current(target)
+    if handle is None:
+        warnings.warn(
+            f"sparse attention is not enabled on {type(target).__name__}; nothing to disable",
+            stacklevel=2,
+        )
+        return
+    handle.remove()
+    if hasattr(target, HANDLE):
+        delattr(target, HANDLE)
+
+
+@contextmanager
+def sparse_attention(
+    target: Any,
+    profile: Profile,
+    **options: Any,
+) -> Iterator[SparseAttention]:
+    """Enable for the length of a ``with`` block; takes what ``enable`` takes."""
+    handle = enable(target, profile, **options)
+    try:
+        yield handle
+    finally:
+        if not handle.removed:
+            disable(target)
+
+
+def report(target: Any) -> Report:
+    """Report on what is attached to ``target``; ``AttachError`` where nothing is."""
+    handle = current(target)
+    if handle is None:
+        raise AttachError(f"sparse attention is not enabled on {type(target).__name__}")
+    return handle.report()

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel computes a call, why each of the others cannot, and whether it can be trusted.
+
+A kernel is one module: ``reasons_against(query, plan)`` (one reason a line; empty: it can run),
+``attend(query, key, value, plan, scale)``, optionally ``block_mass``, and ``HAS_BACKWARD``.
+To add one, write the file and add its line to ``KERNELS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_sparse.errors import KernelError, PlanError
+from dit_sparse.grid import BlockLayout
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+# Name -> module, best first. Nothing is imported before it is asked for.
+KERNELS = {
+    "cpu": "dit_sparse.kernels.cpu",
+    "reference": "dit_sparse.kernels.reference",
+}
+BY_NAME_ONLY = {"reference"}  # correct and slow: never chosen unless asked for
+
+Key = tuple[str, torch.device, torch.dtype, int]
+
+
+class Backends:
+    """The operations that methods use, answered by the first kernel that can (``call.Ops``).
+
+    Args:
+        kernel: Name of the one kernel to use; where it cannot run, ``KernelError`` says why and
+            nothing else is tried. None: the first of ``KERNELS`` that can.
+    """
+
+    def __init__(self, kernel: str | None = None) -> None:
+        if kernel is not None and kernel not in KERNELS:
+            raise KernelError(f"no kernel is called {kernel!r}; there are {', '.join(KERNELS)}")
+        self.kernel = kernel
+        self.last_kernel: str | None = None
+        """Name of the kernel that answered the last call."""
+        self._modules: dict[str, ModuleType | str] = {}
+        self._trusted: set[Key] = set()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend each query to the keys that the plan keeps.
+
+        Args:
+            query: ``[batch, seq_len, heads, head_dim]``, any strides.
+            key: ``[batch, kv_seq_len, heads, head_dim]``, same dtype and device.
+            value: Like ``key``.
+            plan: Which blocks each query block reads, on the same device.
+            scale: Multiplies the scores before softmax; finite.
+
+        Returns:
+            Output like ``query``, LSE fp32 ``[batch, heads, seq_len]``; 0 and -inf where a query
+            keeps nothing.
+        """
+        _check_inputs(query, key, value, scale)
+        _check_plan(query, key, plan)
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        name, module = self._choose(query, plan, "attend", needs_grad=needs_grad)
+        self._canary(name, module, query)
+        self.last_kernel = name
+        result: tuple[Tensor, Tensor] = module.attend(query, key, value, plan, scale)
+        return result if name != "reference" else _rounded(result, query.dtype)
+
+    def block_mass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        q: BlockLayout,
+        kv: BlockLayout,
+        scale: float,
+    ) -> Tensor:
+        """Sum ``exp(scale * q k^T - lse)`` over each block pair.
+
+        Args:
+            query: ``[batch, seq_len, heads, head_dim]``; slots are tokens.
+            key: ``[batch, kv_seq_len, heads, head_dim]``.
+            lse: Of the dense attention, fp32 ``[batch, heads, seq_len]``.
+            q: Query blocks.
+            kv: Key blocks; keys in no block count nowhere.
+            scale: Multiplies the scores; finite.
+
+        Returns:
+            fp32 ``[batch, heads, q_blocks, kv_blocks]``.
+        """
+        _check_inputs(query, key, key, scale)
+        batch, tokens, heads, _ = query.shape
+        if tuple(lse.shape) != (batch, heads, tokens):
+            raise KernelError(
+                f"lse must be [batch, heads, seq_len] = {(batch, heads, tokens)}, got "
+                f"{tuple(lse.shape)}"
+            )
+        for side, layout, length in (("query", q, tokens), ("key", kv, key.shape[1])):
+            if layout.slots != length:
+                raise KernelError(
+                    f"the {side} layout is for {layout.slots} tokens, {side} has {length}"
+                )
+            for size, wanted in zip(layout.starts.shape[:2], (batch, heads), strict=True):
+                if size not in {1, wanted}:
+                    raise KernelError(
+                        f"the {side} layout is for {tuple(layout.starts.shape[:2])} (batch, "
+                        f"heads), {side} has {(batch, heads)}"
+                    )
+        name, module = self._choose(query, _small_plan(query.device), "block_mass")
+        self._canary(name, module, query)
+        self.last_kernel = name
+        result: Tensor = module.block_mass(query, key, lse, q, kv, scale)
+        return result.float()
+
+    def explain(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> list[tuple[str, list[str]]]:
+        """List every kernel with the reasons why it cannot run there; no reasons: it can."""
+        try:
+            query = torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)
+            plan = _small_plan(query.device)
+        except (RuntimeError, AssertionError) as error:  # torch without that device
+            reason = (
+                f"this torch ({torch.__version__}) has no {device}: {str(error).splitlines()[0]}"
+            )
+            return [(name, [reason]) for name in KERNELS]
+        return [(name, self._reasons(name, query, plan, "attend")) for name in KERNELS]
+
+    def _module(self, name: str) -> ModuleType | str:
+        """Import a kernel; where one of its packages is missing, say which."""
+        if name not in self._modules:
+            try:
+                self._modules[name] = importlib.import_module(KERNELS[name])
+            except ModuleNotFoundError as error:
+                if error.name is not None and error.name.startswith("dit_sparse"):
+                    raise  # ours is missing: a bug, not an absent option
+                self._modules[name] = f"needs the package {error.name}, which is not installed"
+        return self._modules[name]
+
+    def _reasons(
+        self,
+        name: str,
+        query: Tensor,
+        plan: BlockPlan,
+        operation: str,
+        *,
+        needs_grad: bool = False,
+    ) -> list[str]:
+        module = self._module(name)
+        if isinstance(module, str):
+            return [module]
+        reasons = list(module.reasons_against(query, plan))
+        if not hasattr(module, operation):
+            reasons.append(f"has no {operation}")
+        if needs_grad and not getattr(module, "HAS_BACKWARD", False):
+            reasons.append("computes no gradients; call it under torch.no_grad()")
+        return reasons
+
+    def _choose(
+        self, query: Tensor, plan: BlockPlan, operation: str, *, needs_grad: bool = False
+    ) -> tuple[str, ModuleType]:
+        if self.kernel is None:
+            names = [name for name in KERNELS if name not in BY_NAME_ONLY]
+        else:
+            names = [self.kernel]
+        against: list[str] = []
+        for name in names:
+            reasons = self._reasons(name, query, plan, operation, needs_grad=needs_grad)
+            module = self._module(name)
+            if not reasons and not isinstance(module, str):
+                return name, module
+            against += [f"{name}: {reason}" for reason in reasons]
+        raise KernelError(
+            f"no kernel can {operation} {query.dtype} {tuple(query.shape)} on {query.device}:\n  "
+            + "\n  ".join(against)
+        )
+
+    def _canary(self, name: str, module: ModuleType, query: Tensor) -> None:
+        """Compare a kernel with the reference before its first use on a device and dtype."""
+        key = (name, query.device, query.dtype, query.shape[-1])
+        if name == "reference" or key in self._trusted:
+            return
+        error = check_kernel(module, query.device, query.dtype, query.shape[-1])
+        if error is not None:
+            raise KernelError(
+                f"kernel {name!r} failed its check against the reference, head_dim "
+                f"{query.shape[-1]}, {query.dtype} on {describe_device(query.device)}: {error}. "
+                f"{versions()}. Choose another kernel by name, and please report this."
+            )
+        self._trusted.add(key)
+
+
+def check_kernel(
+    module: Any, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Run a kernel on a small problem with ragged and dropped blocks; say what is wrong, if so."""
+    plan = _small_plan(device)
+    random = torch.Generator().manual_seed(0)
+    shape = (1, plan.query_length, 2, head_dim)
+    query, key, value = (
+        torch.randn(shape, generator=random).to(device=device, dtype=dtype) for _ in range(3)
+    )
+    with torch.no_grad():
+        output, lse = module.attend(query, key, value, plan, head_dim**-0.5)
+        return compare(query, key, value, plan, head_dim**-0.5, output, lse)
+
+
+def compare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+) -> str | None:
+    """Compare a kernel's result with the float64 reference; say what is wrong, None if nothing.
+
+    The error may be twice that of the plain computation in the kernel's own dtype, plus one
+    rounding of the result (the LSE is an fp32 number, also for float64).
+    """
+    from dit_sparse.kernels import reference
+
+    if output.shape != query.shape or output.dtype != query.dtype:
+        return (
+            f"output is {output.dtype} {tuple(output.shape)}, query is {query.dtype} "
+            f"{tuple(query.shape)}"
+        )
+    exact_o, exact_lse = reference.attend(query, key, value, plan, scale)
+    # float64 has nothing above it here: its error is fp32's, scaled by the ratio of roundings.
+    low = torch.float32 if query.dtype == torch.float64 else query.dtype
+    near = query.to(low), key.to(low), value.to(low)
+    base_o, base_lse = reference.attend(*near, plan, scale)
+    eager_o, eager_lse = reference.attend(*near, plan, scale, dtype=low)
+    ratio = torch.finfo(query.dtype).eps / torch.finfo(low).eps
+    for name, got, exact, eager, base, eps, share in (
+        ("output", output, exact_o, eager_o, base_o, torch.finfo(query.dtype).eps, ratio),
+        ("lse", lse, exact_lse, eager_lse, base_lse, torch.finfo(torch.float32).eps, 1.0),
+    ):
+        special = ~exact.isfinite()
+        same = torch.where(exact.isnan(), got.isnan(), got.double() == exact)
+        if bool((special & ~same).any()) or bool((~special & ~got.isfinite()).any()):
+            return f"{name} has nan or inf in other places than the reference"
+        zero = torch.zeros((), dtype=torch.float64, device=exact.device)
+        error = float(torch.where(special, zero, got.double() - exact).abs().max())
+        plain = float(
+            torch.where(base.isfinite(), eager.double() - base, zero).abs().nan_to_num().max()
+        )
+        peak = float(torch.where(special, zero, exact).abs().max())
+        allowed = 2 * (plain * share + eps * peak)
+        if not error <= allowed:
+            return f"{name} differs by {error:.3g}, allowed are {allowed:.3g}"
+    return None
+
+
+def versions() -> str:
+    """Name the versions that a kernel's result depends on."""
+    found = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    if torch.version.cuda is not None:
+        found.append(f"CUDA {torch.version.cuda}")
+    return ", ".join(found)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name a device as its maker does."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"{device} ({platform.machine()})"
+
+
+def _small_plan(device: torch.device) -> BlockPlan:
+    """Make a plan of unequal blocks, a ragged tail and an empty row, 2 heads."""
+    q = BlockLayout.from_lengths([64, 64, 37])
+    kv = BlockLayout.from_lengths([64, 32, 64, 5])
+    rows = [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0]]]
+    return BlockPlan.from_block_mask(torch.tensor([rows], dtype=torch.bool), q, kv).to(device)
+
+
+def _rounded(result: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return result[0].to(dtype), result[1].float()
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise KernelError(f"wanted [batch, seq_len, heads, head_dim] three times, got {shapes}")
+    if key.shape != value.shape:
+        raise KernelError(f"key and value must have one shape, got {shapes}")
+    batch, _, heads, head_dim = query.shape
+    if (key.shape[0], key.shape[2], key.shape[3]) != (batch, heads, head_dim):
+        raise KernelError(f"query and key must agree on batch, heads and head_dim, got {shapes}")
+    if min(*query.shape, *key.shape) < 1:
+        raise KernelError(f"no dimension may be 0, got {shapes}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise KernelError(
+            f"query, key, value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    if not query.device == key.device == value.device:
+        raise KernelError(
+            f"query, key, value must be on one device, got {query.device}, {key.device}, "
+            f"{value.device}"
+        )
+    if not math.isfinite(scale):
+        raise KernelError(f"scale must be finite, got {scale}")
+
+
+def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
+    batch, tokens, heads, _ = query.shape
+    if plan.device != query.device:
+        raise PlanError(f"the plan is on {plan.device}, query on {query.device}; use plan.to()")
+    if (plan.query_length, plan.key_length) != (tokens, key.shape[1]):
+        raise PlanError(
+            f"the plan is for {plan.query_length} query and {plan.key_length} key tokens, query "
+            f"{tuple(query.shape)} has {tokens}, key {key.shape[1]}; make it from this call's grid"
+        )
+    if plan.batch not in {1, batch} or plan.heads not in {1, heads}:
+        raise PlanError(
+            f"the plan tells {plan.batch} samples and {plan.heads} heads apart, query "
+            f"{tuple(query.shape)} has {batch} and {heads}"
+        )

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of one attachment: takes each attention call through strategy, method and kernel.
+
+For every call it reads the clock, checks that geometry and mask are understood, asks the strategy
+which heads use which method, lets each method plan, a kernel compute, the method finish, and
+writes a record. What it does not understand stays dense, and the record says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.call import AttentionCall
+from dit_sparse.errors import GeometryError
+from dit_sparse.plan import BlockPlan
+from dit_sparse.probe import dense_lse, probe_rows, recall
+from dit_sparse.report import CallRecord, Part, Report, Stopwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from dit_sparse.backends import Backends
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.pipelines.clock import Clock, Moment
+    from dit_sparse.pipelines.family import Family, Shape
+    from dit_sparse.pipelines.site import Site
+    from dit_sparse.strategy import Strategy
+
+    Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Decline(Exception):  # noqa: N818  (not an error: this call stays dense)
+    """Why one call cannot be sparse."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """One transformer of the pipeline."""
+
+    name: str
+    family: Family
+    num_layers: int
+
+
+@dataclass(slots=True)
+class Memory:
+    """What is remembered from call to call; a generation's part is freed when it ends."""
+
+    states: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+    passes: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    masks_checked: set[Hashable] = field(default_factory=set)
+    peak: int = 0
+    # The sizes of states as last seen, kept up to date so that a report costs no walk per call.
+    sizes: dict[Hashable, int] = field(default_factory=dict)
+
+    def free_generation(self) -> None:
+        """Drop all that belongs to one generation."""
+        for part in (self.states, self.passes, self.masks_checked, self.sizes):
+            part.clear()
+
+    def note(self, key: Hashable) -> None:
+        """Measure one state after its call."""
+        self.sizes[key] = nbytes(self.states[key])
+        self.peak = max(self.peak, sum(self.sizes.values()))
+
+    def drop(self, key: Hashable) -> None:
+        """Free one state."""
+        self.states.pop(key, None)
+        self.sizes.pop(key, None)
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of all tensors and plans inside containers."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, BlockPlan):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(nbytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(nbytes, value))
+    return 0
+
+
+class SparseEngine:
+    """Computes the attention calls of one attached pipeline (or bare transformer)."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        backends: Backends,
+        clock: Clock,
+        stages: dict[str, Stage],
+        *,
+        strict: bool = False,
+        probe: int = 0,
+    ) -> None:
+        """Build an engine that is not attached to anything yet.
+
+        Args:
+            strategy: Which method where.
+            backends: Which kernel computes.
+            clock: Tells the step.
+            stages: The transformers by name.
+            strict: Raise where a call would stay dense because it is not understood.
+            probe: Query rows per call on which recall is measured, >= 0; costs as much as
+                that many dense rows.
+        """
+        self.strategy, self.backends, self.clock = strategy, backends, clock
+        self.stages, self.strict, self.probe = stages, strict, probe
+        self.memory = Memory()
+        self.records: list[CallRecord] = []
+        self.num_steps = 0
+        self.attached_at: int | None = None
+        self._grid: LatentsGrid | None = None
+        self._stage = ""
+        self._running = False
+        self._text: tuple[Any, Tensor | None] = (None, None)
+
+    # Two of Listener's three members; adopt() is the handle's, which knows the modules.
+    def end_generation(self) -> None:
+        """Free the generation's memory; its records stay until the next one starts."""
+        self.memory.free_generation()
+        self.clock.forget()
+        self._text = (None, None)
+        self._running = False
+
+    def _begin_generation(self, moment: Moment) -> None:
+        self.memory.free_generation()
+        self.memory.peak = 0
+        self.records = []
+        self.num_steps = moment.num_steps
+        # The schedule is the one that stood when we were attached: we came in its middle.
+        self.attached_at = moment.step if moment.step > 0 and not moment.new else None
+        self._running = True
+
+    def attention(
+        self,
+        site: Site,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        shape: Shape | None,
+        scale: float | None,
+        dense: Dense,
+    ) -> Tensor:
+        """Compute one call; see ``pipelines.site.Engine``."""
+        watch = Stopwatch(query.device)
+        heads = tuple(range(query.shape[2]))
+        record = CallRecord(site.stage, site.layer, -1, "", [], watch)
+        try:
+            call = self._describe(site, query, key, value, mask, shape, scale, record)
+        except Decline as decline:
+            if self.strict:
+                raise GeometryError(
+                    f"{site.path}: {decline}; strict=True forbids to stay dense"
+                ) from None
+            record.reason = str(decline)
+            record.parts.append(Part("dense", heads, self._dense_name(site)))
+            output = dense(query, key, value)
+        else:
+            output = self._run(site, call, dense, record)
+        watch.stop()
+        self.records.append(record)
+        return output
+
+    def _describe(
+        self,
+        site: Site,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        shape: Shape | None,
+        scale: float | None,
+        record: CallRecord,
+    ) -> AttentionCall:
+        """Gather what a method may know, or raise ``Decline``."""
+        stage = self.stages[site.stage]
+        try:
+            moment = self.clock.read()
+        except LookupError as error:
+            raise Decline(str(error)) from error
+        if moment.new or not self._running:
+            self._begin_generation(moment)
+        record.step, record.branch = moment.step, self._branch(site, stage, moment)
+        if shape is None:
+            raise Decline("the token grid of this pass is not known")
+        grid = stage.family.grid(shape)
+        if grid.tokens != query.shape[1]:
+            raise Decline(
+                f"the latents are {grid} = {grid.tokens} tokens, attention has {query.shape[1]} "
+                "(reference images, history frames or a cache that drops tokens)"
+            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            raise Decline("gradients are asked for; run under torch.no_grad()")
+        if getattr(site.module.processor, "_parallel_config", None) is not None:
+            raise Decline("context parallelism splits the sequence over processes")
+        if grid != self._grid:  # another resolution: plans of the old geometry are of no use
+            self.memory.shared.clear()
+            self._grid = grid
+        if site.stage != self._stage:  # Wan 2.2 never comes back to its first transformer
+            for old in [k for k in self.memory.states if k[0] != site.stage]:  # type: ignore[index]
+                self.memory.drop(old)
+            self._stage = site.stage
+        return AttentionCall(
+            query,
+            key,
+            value,
+            grid,
+            query.shape[-1] ** -0.5 if scale is None else scale,
+            text_valid=self._text_valid(mask, grid, stage, record, query.shape[0]),
+            layer=site.layer,
+            num_layers=stage.num_layers,
+            heads=tuple(range(query.shape[2])),
+            step=moment.step,
+            num_steps=moment.num_steps,
+            stage=site.stage,
+            branch=record.branch,
+            shared=self.memory.shared,
+        )
+
+    def _branch(self, site: Site, stage: Stage, moment: Moment) -> str:
+        """Name the guidance branch: as told, else by counting this layer's passes in the step."""
+        if moment.branch is not None:
+            return moment.branch
+        if stage.family.batched_cfg:
+            return "both"
+        place = (site.stage, site.layer)
+        step, count = self.memory.passes.get(place, (-1, 0))
+        count = count + 1 if step == moment.step else 0
+        self.memory.passes[place] = (moment.step, count)
+        names = ("cond", "uncond")  # two-pass pipelines run the conditional pass first
+        return names[count] if count < len(names) else f"pass{count}"
+
+    def _text_valid(
+        self,
+        mask: Tensor | None,
+        grid: LatentsGrid,
+        stage: Stage,
+        record: CallRecord,
+        batch: int,
+    ) -> Tensor | None:
+        """Read the number of valid text tokens per sample from a text-padding mask."""
+        if mask is None:
+            return None
+        if self._text[0] is mask:  # the same object in every layer of a pass
+            return self._text[1]
+        fits = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)
+        if not stage.family.text_padding or not fits or mask.shape[3] != grid.tokens:
+            raise Decline(
+                f"an attention mask {mask.dtype} {tuple(mask.shape)} that is not "
+                f"{stage.family.name}'s text padding"
+            )
+        row = mask[:, 0, 0].expand(batch, -1)
+        valid = row[:, grid.text_start : grid.text_start + grid.text_length].sum(-1)
+        seen = (record.stage, record.branch)
+        if seen not in self.memory.masks_checked:  # one device read per generation and branch
+            position = torch.arange(grid.tokens, device=mask.device) - grid.text_start
+            text = (position >= 0) & (position < grid.text_length)
+            if not torch.equal(row, ~text | (position < valid[:, None])):
+                raise Decline("an attention mask that hides more than the padding of the text")
+            self.memory.masks_checked.add(seen)
+        self._text = (mask, valid)
+        return valid
+
+    def _run(self, site: Site, call: AttentionCall, dense: Dense, record: CallRecord) -> Tensor:
+        groups = self.strategy.assign(
+            layer=call.layer,
+            step=call.step,
+            num_steps=call.num_steps,
+            stage=call.stage,
+            num_heads=len(call.heads),
+            num_layers=call.num_layers,
+        )
+        if len(groups) == 1:
+            return self._run_group(site, call, groups[0], dense, record)
+        output = torch.empty_like(call.value)
+        for group in groups:
+            part = select_heads(call, group[2])
+            index = _index(group[2])
+            output[:, :, index] = self._run_group(site, part, group, dense, record)
+        return output
+
+    def _run_group(
+        self,
+        site: Site,
+        call: AttentionCall,
+        group: tuple[int | None, Any, tuple[int, ...]],
+        dense: Dense,
+        record: CallRecord,
+    ) -> Tensor:
+        rule, method, heads = group
+        name = "dense" if rule is None else self.strategy.rules[rule].method
+        place = (call.stage, call.layer, call.branch, rule)
+        plan = None
+        if method is not None:
+            call.state = self.memory.states.setdefault(place, {})
+            plan = method.plan(call, self.backends)
+        if plan is None:
+            record.parts.append(Part(name, heads, self._dense_name(site)))
+            return dense(call.query, call.key, call.value)
+        output, lse = self.backends.attend(call.query, call.key, call.value, plan, call.scale)
+        part = Part(name, heads, self.backends.last_kernel or "?", plan.density().mean(0))
+        if self.probe and plan.kv_log_weight is None:
+            part.recall = self._recall(call, lse)
+        record.parts.append(part)
+        finished: Tensor = method.finish(call, output, lse, self.backends)
+        self.memory.note(place)
+        if call.step == call.num_steps - 1:  # nothing will ask for it again
+            self.memory.drop(place)
+        return finished
+
+    def _recall(self, call: AttentionCall, lse: Tensor) -> Tensor:
+        seed = call.layer * 100_003 + call.step
+        rows = probe_rows(call.query.shape[1], self.probe, seed)
+        start = call.grid.text_start
+        full = dense_lse(call.query, call.key, rows, call.scale, start, call.text_valid)
+        return recall(lse, full, rows)
+
+    @staticmethod
+    def _dense_name(site: Site) -> str:
+        backend = getattr(site.module.processor, "_attention_backend", None)
+        return "model's own" if backend is None else f"model's own ({backend})"
+
+    def report(self) -> Report:
+        """Make the report of the newest generation (reads the device)."""
+        return Report(
+            strategy=self.strategy.name,
+            grid=str(self._grid) if self._grid is not None else "",
+            num_steps=self.num_steps,
+            rows=[record.row() for record in self.records],
+            state_bytes=self.state_size(),
+            peak_state_bytes=self.memory.peak + nbytes(self.memory.shared),
+            attached_at=self.attached_at,
+        )
+
+    def state_size(self) -> int:
+        """Bytes held now: per-call state and plans shared by all calls."""
+        return nbytes(self.memory.states) + nbytes(self.memory.shared)
+
+
+def _index(heads: tuple[int, ...]) -> slice | list[int]:
+    """Index heads by a slice where they are neighbours: a view instead of a copy."""
+    first, last = heads[0], heads[-1]
+    return slice(first, last + 1) if last - first + 1 == len(heads) else list(heads)
+
+
+def select_heads(call: AttentionCall, heads: tuple[int, ...]) -> AttentionCall:
+    """Narrow a call to some of its heads."""
+    index = _index(heads)
+    return AttentionCall(
+        call.query[:, :, index],
+        call.key[:, :, index],
+        call.value[:, :, index],
+        call.grid,
+        call.scale,
+        call.text_valid,
+        call.layer,
+        call.num_layers,
+        heads,
+        call.step,
+        call.num_steps,
+        call.stage,
+        call.branch,
+        shared=call.shared,
+    )

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention module of one attached pipeline, and the way from a processor to its engine.
+
+Which module is running is kept in a thread-local; shapes travel as arguments of one opaque
+operator, so that a compiled graph stays one graph; layer, step and branch are looked up at run
+time. The layer's id is a CPU tensor: a Python int would recompile for every layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dit_sparse.errors import AttachError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from dit_sparse.pipelines.family import Shape
+
+
+class Engine(Protocol):
+    """What computes attention for a site; ``apply.py`` has the one implementation."""
+
+    def attention(
+        self,
+        site: Site,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        shape: Shape | None,
+        scale: float | None,
+        dense: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Compute one call; every tensor and the result ``[batch, seq_len, heads, head_dim]``."""
+
+
+class _Here(threading.local):
+    """What this thread is running now; a ContextVar's ``set`` would break fullgraph."""
+
+    def __init__(self) -> None:
+        self.site: Site | None = None
+        self.shape: Shape | None = None
+
+
+HERE = _Here()
+# The operator below can carry no Python object, only numbers: this is how it finds its site. The
+# table holds weak references, so it neither keeps a pipeline alive nor needs clearing.
+_SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_IDS = itertools.count()
+
+
+class Site:
+    """One main self-attention module while sparse attention is attached."""
+
+    def __init__(
+        self, engine: Engine, module: nn.Module, path: str, layer: int, stage: str
+    ) -> None:
+        """Remember the place; nothing is changed in ``module``."""
+        self._engine = weakref.ref(engine)
+        self.module: Any = weakref.proxy(module)
+        self.path, self.layer, self.stage = path, layer, stage
+        number = next(_IDS)
+        self.id = torch.tensor(number)
+        _SITES[number] = self
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that attached this site."""
+        engine = self._engine()
+        if engine is None:
+            raise AttachError(
+                f"{self.path}: the pipeline that enabled sparse attention is gone, but its "
+                "transformer is still used (from_pipe shares it); call "
+                "dit_sparse.disable(transformer), then enable it on the new pipeline"
+            )
+        return engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model is a plain one: its modules carry no site."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled model is a plain one."""
+        return type(None), ()
+
+
+def seq_second(query: Tensor, seq_axis: int) -> Tensor:
+    """Give ``[batch, seq_len, heads, head_dim]``, as a view, whichever axis the sequence is on."""
+    return query if seq_axis == 1 else query.transpose(1, 2)
+
+
+def compute(
+    site: Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    shape: Shape | None,
+    scale: float | None,
+    seq_axis: int,
+    dense: Callable[..., Tensor],
+) -> Tensor:
+    """Hand a call to the site's engine in one layout, and give the result back in the caller's.
+
+    Args:
+        site: Where we are.
+        query: ``[batch, seq_len, heads, head_dim]`` (``seq_axis`` 1) or heads first (2).
+        key: Like ``query``.
+        value: Like ``query``.
+        mask: What the model passed, if anything.
+        shape: (frames, height, width, text) of this pass.
+        scale: What the model passed, if anything.
+        seq_axis: 1 or 2.
+        dense: The model's own attention call, taking and giving its own layout.
+    """
+
+    def dense_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = (seq_second(each, seq_axis) for each in (q, k, v))
+        return seq_second(dense(*own), seq_axis)
+
+    q, k, v = (seq_second(each, seq_axis) for each in (query, key, value))
+    result = site.engine.attention(site, q, k, v, mask, shape, scale, dense_here)
+    return seq_second(result, seq_axis)
+
+
+@torch.library.custom_op("dit_sparse::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attend_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    site: Tensor,
+    shape: list[int],
+    scale: float | None,
+    seq_axis: int,
+) -> Tensor:
+    """Compute one call from within a compiled graph; opaque to the compiler."""
+    here = _SITES[int(site)]
+    processor = here.module.processor
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options: dict[str, Any] = {} if scale is None else {"scale": scale}
+        if seq_axis == 1:
+            options["backend"] = getattr(processor, "_attention_backend", None)
+            options["parallel_config"] = getattr(processor, "_parallel_config", None)
+        result: Tensor = type(processor).dense(q, k, v, attn_mask=mask, **options)
+        return result
+
+    frames, height, width, text = shape
+    known = None if frames == 0 else (frames, height, width, text)
+    result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
+    # An operator's result may not share memory with its arguments, and must be contiguous like
+    # the fake one.
+    return result.clone() if result.data_ptr() == query.data_ptr() else result.contiguous()
+
+
+@attend_operator.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001
+    value: Tensor,
+    mask: Tensor | None,  # noqa: ARG001
+    site: Tensor,  # noqa: ARG001
+    shape: list[int],  # noqa: ARG001
+    scale: float | None,  # noqa: ARG001
+    seq_axis: int,  # noqa: ARG001
+) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block plan: which key blocks each query block attends to, in which order tokens stand.
+
+A method makes a plan, a kernel computes it; neither knows the other. The lists have the layout
+that torch's ``BlockMask`` and cuDNN's block-sparse attention share. Everything is frozen data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dit_sparse.errors import PlanError
+from dit_sparse.grid import BlockLayout
+from dit_sparse.tiles import pack_tiles, unpack_tiles
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One attention call's plan. Leading dimensions of size 1 are shared by all samples or heads.
+
+    *Slots* are positions after ordering: ``q_permutation[..., slot] = token``. Without a
+    permutation slots are tokens. The output is always in token order.
+
+    Args:
+        q: Blocks of the query side, in slots; every query token lies in exactly one.
+        kv: Blocks of the key side, in slots; keys in no block (padding) take no part.
+        kv_indices: Kept key blocks, ascending, int32 ``[batch|1, heads|1, q_blocks, cap]``;
+            entries from ``kv_num_blocks`` on are ignored but lie in range.
+        kv_num_blocks: How many are kept, int32 ``[batch|1, heads|1, q_blocks]``.
+        partial: For each entry of ``kv_indices`` a row of ``tiles``, or -1 = the whole block.
+        tiles: Token-level masks of partial blocks, deduplicated, as bits: int32
+            ``[count, q.max_length, ceil(kv.max_length / 32)]``; bit j of word w is key 32 w + j.
+        q_permutation: int64 ``[batch|1, heads|1, q.slots]``, -1 on padding slots.
+        kv_permutation: The same for keys, ``[batch|1, heads|1, kv.slots]``.
+        kv_log_weight: Added to the scaled scores of a key slot, natural log, fp32
+            ``[batch|1, heads|1, kv.slots]``; a pooled key counts as n keys by ``+ln n``.
+        q_tokens: Length of the query sequence; ``q.slots`` where None.
+        kv_tokens: Length of the key sequence; ``kv.slots`` where None.
+        dense_keys: Keys that dense attention would read per query, where that is not the sum of
+            ``kv.lengths`` (pooled keys were appended); only ``density`` uses it.
+        complete: Known to keep every block whole, so that a dense kernel may answer.
+    """
+
+    q: BlockLayout
+    kv: BlockLayout
+    kv_indices: Tensor
+    kv_num_blocks: Tensor
+    partial: Tensor | None = None
+    tiles: Tensor | None = None
+    q_permutation: Tensor | None = None
+    kv_permutation: Tensor | None = None
+    kv_log_weight: Tensor | None = None
+    q_tokens: int | None = None
+    kv_tokens: int | None = None
+    dense_keys: int | None = None
+    complete: bool = False
+
+    def __post_init__(self) -> None:
+        """Check shapes, dtypes and devices; ``validate`` also reads the values."""
+        _check_structure(self)
+
+    @classmethod
+    def from_block_mask(
+        cls,
+        block_mask: Tensor,
+        q: BlockLayout,
+        kv: BlockLayout,
+        *,
+        cap: int | None = None,
+        q_permutation: Tensor | None = None,
+        kv_permutation: Tensor | None = None,
+        **extra: Tensor | int | None,
+    ) -> BlockPlan:
+        """Pack a bool mask ``[batch|1, heads|1, q_blocks, kv_blocks]``, True = computed.
+
+        Args:
+            block_mask: Kept block pairs.
+            q: Layout of the query side.
+            kv: Layout of the key side.
+            cap: Width of the lists, at least the largest count; ``kv_blocks`` where None (on
+                the CPU, where reading is free, the largest count).
+            q_permutation: See the class.
+            kv_permutation: See the class.
+            **extra: Other fields of the class.
+        """
+        if block_mask.ndim != 4 or block_mask.dtype != torch.bool:
+            raise PlanError(
+                "block_mask must be bool [batch, heads, q_blocks, kv_blocks], got "
+                f"{block_mask.dtype} {tuple(block_mask.shape)}"
+            )
+        counts = block_mask.sum(-1, dtype=torch.int32)
+        width = block_mask.shape[-1]
+        if cap is None:
+            cap = max(1, int(counts.max())) if block_mask.device.type == "cpu" else width
+        # Ascending lists without a sort: each kept column goes to its running count, every
+        # dropped one to a spare last column.
+        slot = torch.where(block_mask, block_mask.cumsum(-1) - 1, cap).clamp_(max=cap)
+        column = torch.arange(width, dtype=torch.int32, device=block_mask.device)
+        indices = block_mask.new_zeros((*block_mask.shape[:-1], cap + 1), dtype=torch.int32)
+        indices.scatter_(-1, slot, column.expand_as(slot))
+        return cls(
+            q,
+            kv,
+            indices[..., :cap].contiguous(),
+            counts,
+            q_permutation=q_permutation,
+            kv_permutation=kv_permutation,
+            **extra,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def full(cls, q: BlockLayout, kv: BlockLayout) -> BlockPlan:
+        """Keep every block: the plan whose result is dense attention over the laid-out keys."""
+        indices = torch.arange(kv.blocks, dtype=torch.int32, device=kv.device)
+        indices = indices.expand(1, 1, q.blocks, kv.blocks)
+        counts = torch.full((1, 1, q.blocks), kv.blocks, dtype=torch.int32, device=kv.device)
+        return cls(q, kv, indices, counts, complete=True)
+
+    @classmethod
+    def from_token_mask(cls, mask: Tensor, q: BlockLayout, kv: BlockLayout) -> BlockPlan:
+        """Make a plan, partial tiles included, from a bool mask over slots.
+
+        Needs memory of the mask's own size; meant for small masks and tests.
+
+        Args:
+            mask: ``[batch|1, heads|1, q.slots, kv.slots]``, True = attended.
+            q: Query blocks, shared by samples and heads (leading dimensions 1).
+            kv: Key blocks, likewise.
+        """
+        tiles, index = pack_tiles(mask, q, kv)
+        plan = cls.from_block_mask(index != -2, q, kv)  # -2: nothing kept, -1: whole block
+        if tiles.shape[0] == 0:
+            return plan
+        return replace(plan, partial=index.gather(-1, plan.kv_indices.long()), tiles=tiles)
+
+    @property
+    def batch(self) -> int:
+        """Samples that the plan tells apart; 1 = the same for all."""
+        return self._leading(0)
+
+    @property
+    def heads(self) -> int:
+        """Heads that the plan tells apart; 1 = the same for all."""
+        return self._leading(1)
+
+    @property
+    def query_length(self) -> int:
+        """Query tokens that the plan is for."""
+        return self.q.slots if self.q_tokens is None else self.q_tokens
+
+    @property
+    def key_length(self) -> int:
+        """Key tokens that the plan is for."""
+        return self.kv.slots if self.kv_tokens is None else self.kv_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the lists."""
+        return self.kv_indices.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the plan's tensors (shared and broadcast ones counted once)."""
+        storages = {t.untyped_storage().data_ptr(): t for t in self.tensors().values()}
+        return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+    def _leading(self, axis: int) -> int:
+        return max(t.shape[axis] for name, t in self.tensors().items() if name != "tiles")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the plan by name, layouts included."""
+        found = {
+            "q.starts": self.q.starts,
+            "q.lengths": self.q.lengths,
+            "kv.starts": self.kv.starts,
+            "kv.lengths": self.kv.lengths,
+        }
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                found[field.name] = value
+        return found
+
+    def density(self) -> Tensor:
+        """Count the kept share of (query, key) pairs, fp64 ``[batch, heads]``, without a sync.
+
+        Text, pooled keys and forced blocks count as what they are; a plan with pooled keys can
+        exceed what its block lists suggest, and a fully kept one with pooled keys exceeds 1.
+        """
+        batch, heads, blocks = self.batch, self.heads, self.q.blocks
+        lengths = self.kv.lengths.expand(batch, heads, -1)
+        index = self.kv_indices.expand(batch, heads, blocks, -1)
+        size = lengths.gather(-1, index.flatten(2).long()).view_as(index).double()
+        if self.partial is not None and self.tiles is not None:
+            size = size * self.q.lengths.expand(batch, heads, blocks)[..., None]
+            # A tile may reach past a short block: its bits there are 0 by construction.
+            bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).double()
+            tile = self.partial.expand_as(index).long()
+            size = torch.where(tile >= 0, bits[tile.clamp(min=0)], size)
+        else:
+            size = size * self.q.lengths.expand(batch, heads, blocks)[..., None]
+        entry = torch.arange(index.shape[-1], device=self.device)
+        live = entry < self.kv_num_blocks.expand(batch, heads, blocks)[..., None]
+        pairs = (size * live).sum((-1, -2))
+        keys = lengths.sum(-1).double() if self.dense_keys is None else float(self.dense_keys)
+        return pairs / (self.q.lengths.expand(batch, heads, -1).sum(-1).double() * keys)
+
+    def block_mask(self) -> Tensor:
+        """Unpack to bool ``[batch, heads, q_blocks, kv_blocks]``; partial blocks count as kept."""
+        shape = (self.batch, self.heads, self.q.blocks)
+        index = self.kv_indices.expand(*shape, -1).long()
+        entry = torch.arange(index.shape[-1], device=self.device)
+        live = entry < self.kv_num_blocks.expand(shape)[..., None]
+        mask = torch.zeros((*shape, self.kv.blocks + 1), dtype=torch.bool, device=self.device)
+        mask.scatter_(-1, torch.where(live, index, self.kv.blocks), value=True)
+        return mask[..., :-1]
+
+    def with_keys(self, kv: BlockLayout) -> BlockPlan:
+        """Exchange the key layout for one with the same blocks but other lengths (padding cut)."""
+        if kv.blocks != self.kv.blocks or kv.slots != self.kv.slots:
+            raise PlanError(
+                f"the new key layout must keep {self.kv.blocks} blocks over {self.kv.slots} "
+                f"slots, got {kv.blocks} over {kv.slots}"
+            )
+        return replace(self, kv=kv)
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """Move every tensor to ``device``."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor | BlockLayout)
+        }
+        return replace(self, **moved)
+
+    def summary(self) -> str:
+        """Describe the plan in one line."""
+        density = self.density()
+        span = f"{density.min():.3f}-{density.max():.3f}" if density.numel() > 1 else ""
+        return (
+            f"{self.query_length} x {self.key_length} tokens, {self.q.blocks} x "
+            f"{self.kv.blocks} blocks of up to {self.q.max_length} x {self.kv.max_length}, "
+            f"heads {self.heads}, density {density.mean():.3f}" + (f" ({span})" if span else "")
+        )
+
+    def validate(self) -> BlockPlan:
+        """Check every value (reads the device) and return self; ``PlanError`` names the fault."""
+        from dit_sparse.plan_io import check_values
+
+        check_values(self)
+        return self
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan to a safetensors file, atomically."""
+        from dit_sparse.plan_io import save_plan
+
+        save_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> BlockPlan:
+        """Read a plan that ``save`` wrote, and validate it."""
+        from dit_sparse.plan_io import load_plan
+
+        return load_plan(path)
+
+
+def _check_structure(plan: BlockPlan) -> None:
+    counts, indices = plan.kv_num_blocks, plan.kv_indices
+    if indices.ndim != 4 or counts.ndim != 3 or indices.shape[:3] != counts.shape:
+        raise PlanError(
+            "kv_indices must be [batch|1, heads|1, q_blocks, cap] and kv_num_blocks the same "
+            f"without cap, got {tuple(indices.shape)} and {tuple(counts.shape)}"
+        )
+    if indices.dtype != torch.int32 or counts.dtype != torch.int32:
+        raise PlanError(
+            f"kv_indices and kv_num_blocks must be int32, got {indices.dtype}, {counts.dtype}"
+        )
+    if counts.shape[-1] != plan.q.blocks:
+        raise PlanError(f"lists for {counts.shape[-1]} query blocks, layout has {plan.q.blocks}")
+    if (plan.partial is None) != (plan.tiles is None):
+        raise PlanError("partial and tiles go together: give both or neither")
+    if plan.partial is not None and plan.tiles is not None:
+        words = -(-plan.kv.max_length // 32)
+        if plan.partial.shape != indices.shape or plan.partial.dtype != torch.int32:
+            raise PlanError(
+                f"partial must be int32 {tuple(indices.shape)} like kv_indices, got "
+                f"{plan.partial.dtype} {tuple(plan.partial.shape)}"
+            )
+        if plan.tiles.dtype != torch.int32 or plan.tiles.shape[1:] != (plan.q.max_length, words):
+            raise PlanError(
+                f"tiles must be int32 [count, {plan.q.max_length}, {words}], got "
+                f"{plan.tiles.dtype} {tuple(plan.tiles.shape)}"
+            )
+    per_slot = (
+        ("q_permutation", plan.q_permutation, plan.q.slots, torch.int64),
+        ("kv_permutation", plan.kv_permutation, plan.kv.slots, torch.int64),
+        ("kv_log_weight", plan.kv_log_weight, plan.kv.slots, torch.float32),
+    )
+    for name, value, slots, dtype in per_slot:
+        if value is not None and (
+            value.ndim != 3 or value.shape[-1] != slots or value.dtype != dtype
+        ):
+            raise PlanError(
+                f"{name} must be {dtype} [batch|1, heads|1, {slots}], got {value.dtype} "
+                f"{tuple(value.shape)}"
+            )
+    tensors = plan.tensors()
+    for axis, name in ((0, "batch"), (1, "heads")):
+        sizes = {t.shape[axis] for key, t in tensors.items() if key != "tiles"} - {1}
+        if len(sizes) > 1:
+            raise PlanError(f"parts of the plan disagree on {name}: {sorted(sizes)}")
+    devices = {str(t.device) for t in tensors.values()}
+    if len(devices) > 1:
+        raise PlanError(f"a plan lives on one device, got {sorted(devices)}; use plan.to(device)")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full value checks of a plan, and its file form (safetensors)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dit_sparse.errors import GeometryError, PlanError
+from dit_sparse.grid import BlockLayout
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAN_FORMAT = "dit_sparse.plan/1"
+
+
+def check_values(plan: BlockPlan) -> None:
+    """Raise ``PlanError`` at the first value that breaks the contract (reads the device)."""
+    width = plan.kv_indices.shape[-1]
+    counts = plan.kv_num_blocks
+    if counts.min() < 0 or counts.max() > width:
+        raise PlanError(
+            f"kv_num_blocks must lie in [0, {width}], got {int(counts.min())} to "
+            f"{int(counts.max())}"
+        )
+    index = plan.kv_indices
+    if index.numel() and (index.min() < 0 or index.max() >= plan.kv.blocks):
+        raise PlanError(
+            f"kv_indices must lie in [0, {plan.kv.blocks}), got {int(index.min())} to "
+            f"{int(index.max())}"
+        )
+    entry = torch.arange(width, device=plan.device)
+    live = entry < counts[..., None]
+    if bool(((index[..., 1:] <= index[..., :-1]) & live[..., 1:]).any()):
+        raise PlanError("kv_indices must ascend within each query block's kept entries")
+    if plan.partial is not None and plan.tiles is not None:
+        tile = plan.partial[live]
+        if tile.numel() and (tile.min() < -1 or tile.max() >= plan.tiles.shape[0]):
+            raise PlanError(
+                f"partial must lie in [-1, {plan.tiles.shape[0]}), got {int(tile.min())} to "
+                f"{int(tile.max())}"
+            )
+    _check_layout("q", plan.q, plan.q_permutation, plan.query_length, whole=True)
+    _check_layout("kv", plan.kv, plan.kv_permutation, plan.key_length, whole=False)
+
+
+def _check_layout(
+    side: str, layout: BlockLayout, permutation: Tensor | None, tokens: int, *, whole: bool
+) -> None:
+    starts, lengths = layout.starts.long(), layout.lengths.long()
+    if lengths.min() < 0 or lengths.max() > layout.max_length:
+        raise PlanError(f"{side}.lengths must lie in [0, {layout.max_length}]")
+    if starts.min() < 0 or (starts + lengths).max() > layout.slots:
+        raise PlanError(f"{side} blocks reach outside the {layout.slots} slots")
+    # +1 where a block starts, -1 behind it: the running sum is how often a slot is covered.
+    change = torch.zeros((*starts.shape[:2], layout.slots + 1), dtype=torch.int64)
+    ones = (lengths > 0).long().cpu()
+    change.scatter_add_(-1, starts.cpu(), ones).scatter_add_(-1, (starts + lengths).cpu(), -ones)
+    cover = change.cumsum(-1)[..., :-1]
+    if cover.max() > 1:
+        raise PlanError(f"{side} blocks overlap")
+    if permutation is None:
+        if tokens != layout.slots:
+            raise PlanError(f"{side} has {layout.slots} slots for {tokens} tokens, no permutation")
+        if whole and cover.min() < 1:
+            raise PlanError(f"{side} blocks must cover every token")
+        return
+    token = permutation.cpu()
+    cover = cover.expand(*torch.broadcast_shapes(cover.shape[:2], token.shape[:2]), -1)
+    token = token.expand_as(cover)
+    if token.min() < -1 or token.max() >= tokens:
+        raise PlanError(f"{side}_permutation must lie in [-1, {tokens})")
+    used = torch.where(cover > 0, token, -1)
+    if bool(((cover > 0) & (token < 0)).any()):
+        raise PlanError(f"{side} blocks cover padding slots")
+    seen = torch.zeros((*used.shape[:2], tokens + 1), dtype=torch.int64)
+    seen.scatter_add_(-1, torch.where(used < 0, tokens, used), torch.ones_like(used))
+    seen = seen[..., :-1]
+    if seen.max() > 1 or (whole and seen.min() < 1):
+        raise PlanError(
+            f"{side}_permutation must name {'every' if whole else 'a'} token "
+            f"{'exactly' if whole else 'at most'} once"
+        )
+
+
+def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> None:
+    """Write ``plan`` to ``path`` (safetensors); a file there is replaced whole or not at all."""
+    numbers = {"format": PLAN_FORMAT, "complete": str(int(plan.complete))}
+    for name in ("q_tokens", "kv_tokens", "dense_keys"):
+        value = getattr(plan, name)
+        numbers[name] = "" if value is None else str(value)
+    for name, layout in (("q", plan.q), ("kv", plan.kv)):
+        numbers[name] = f"{layout.slots} {layout.max_length} {int(layout.spread)}"
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Clones: broadcast or shared storages (one layout for both sides) cannot be saved as such.
+    tensors = {
+        key: value.cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in plan.tensors().items()
+    }
+    try:
+        save_file(tensors, scratch, metadata=numbers)
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
+    """Read a plan file, check its form and all its values."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PlanError(f"{path}: not a readable safetensors file: {error}") from error
+    if numbers.get("format") != PLAN_FORMAT:
+        raise PlanError(f"{path}: wanted format {PLAN_FORMAT!r}, got {numbers.get('format')!r}")
+    known = {field.name for field in fields(BlockPlan)}
+    try:
+        layouts = {}
+        for name in ("q", "kv"):
+            slots, longest, spread = (int(part) for part in numbers[name].split())
+            starts, lengths = tensors.pop(f"{name}.starts"), tensors.pop(f"{name}.lengths")
+            layouts[name] = BlockLayout(starts, lengths, slots, longest, bool(spread))
+        if unknown := set(tensors) - known:
+            raise PlanError(f"{path}: unknown tensors {sorted(unknown)}")
+        counts: dict[str, Any] = {
+            name: int(numbers[name]) if numbers[name] else None
+            for name in ("q_tokens", "kv_tokens", "dense_keys")
+        }
+        plan = BlockPlan(
+            layouts["q"], layouts["kv"], **tensors, **counts, complete=numbers["complete"] == "1"
+        )
+        plan.validate()
+    except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, PlanError | GeometryError) and str(path) not in str(error):
+            raise PlanError(f"{path}: {error}") from error
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"{path}: damaged plan file: {error!r}") from error
+    return plan

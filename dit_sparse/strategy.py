@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies: which method runs where, as validated data that is a file.
+
+One file because it is one schema: what stands in the JSON is what these classes hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from dit_sparse._version import __version__
+from dit_sparse.errors import StrategyError
+from dit_sparse.methods import METHODS, method_class
+from dit_sparse.methods.params import build_method, param_names, params_of
+from dit_sparse.methods.steps import step_at
+from dit_sparse.schedule import Schedule, indices
+from dit_sparse.strategy_io import (
+    CONFIG_NAME,
+    download,
+    explain,
+    is_repo_id,
+    read_json,
+    shipped_file,
+    shipped_names,
+    to_text,
+    unknown_name,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from dit_sparse.call import Method
+
+__all__ = [
+    "CONFIG_NAME",
+    "Choice",
+    "Grid",
+    "Model",
+    "Receipt",
+    "Rule",
+    "Schedule",
+    "Strategy",
+    "config_hash",
+    "shipped_names",
+]
+
+SCHEMA_VERSION = 1
+_MAX_CACHED = 1 << 16
+_FORM = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def _everywhere(word: str) -> BeforeValidator:
+    def check(value: Any) -> Literal["all"] | tuple[int, ...]:
+        if value == "all":
+            return "all"
+        if isinstance(value, str):
+            raise ValueError(f'must be "all" or a list of indices, got {value!r:.80}')  # noqa: TRY004
+        found = indices(value, word)
+        if not found:
+            raise ValueError(f'{word} must name at least one, or be "all"; got []')
+        return found
+
+    return BeforeValidator(check)
+
+
+def _band(value: Any) -> tuple[float, float]:
+    numbers = (
+        tuple(float(part) for part in value if type(part) in {int, float})
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    if len(numbers) != 2 or len(value) != 2 or not 0 <= numbers[0] < numbers[1] <= 1:
+        raise ValueError(
+            "must be [start, stop) as fractions of the run, 0 <= start < stop <= 1, "
+            f"got {value!r:.80}; the whole run is [0.0, 1.0]"
+        )
+    return numbers[0], numbers[1]
+
+
+class Model(BaseModel):
+    """The model a strategy was made for: transformer class names, hash of its config or None."""
+
+    model_config = _FORM
+
+    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    config_hash: str | None = None
+
+
+class Grid(BaseModel):
+    """The latents grid a strategy was measured at, in tokens after patchify."""
+
+    model_config = _FORM
+
+    frames: Positive
+    height: Positive
+    width: Positive
+    text: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+
+class Receipt(BaseModel):
+    """How a strategy was found and what was measured with it.
+
+    Args:
+        published: The settings of a paper or its code, not measured here.
+        source: Where they come from, or who made them by hand.
+        command: The command that found them.
+        prompts: Prompts it was searched or measured on.
+        seeds: Seeds of those generations.
+        device: Name of the device.
+        kernel: Attention kernel that ran.
+        versions: Versions of the packages that matter, by name.
+        measured: Measured figures by name ("density", "psnr_db", "relative_error").
+        note: Anything a reader must know.
+    """
+
+    model_config = _FORM
+
+    published: bool = False
+    source: str | None = None
+    command: str | None = None
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    seeds: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    device: str | None = None
+    kernel: str | None = None
+    versions: dict[str, str] = {}
+    measured: dict[str, float] = {}
+    note: str | None = None
+
+
+class Rule(BaseModel):
+    """One method for some layers, heads and steps.
+
+    Args:
+        layers: Indices of transformer blocks, or "all".
+        heads: Indices of heads, or "all".
+        steps: ``[start, stop)`` as fractions of the run; each is rounded half up to a step, so
+            bands that touch as fractions touch as steps.
+        stage: Name of the transformer in a pipeline with two ("transformer", "transformer_2");
+            None: both.
+        method: A name from the table of methods.
+        params: The method's params; those left out get their defaults, and are then written out.
+    """
+
+    model_config = _FORM
+
+    layers: Annotated[Literal["all"] | tuple[int, ...], _everywhere("layers")] = "all"
+    heads: Annotated[Literal["all"] | tuple[int, ...], _everywhere("heads")] = "all"
+    steps: Annotated[tuple[float, float], BeforeValidator(_band)] = (0.0, 1.0)
+    stage: Literal["transformer", "transformer_2"] | None = None
+    method: str
+    params: Annotated[dict[str, Any], Field(validate_default=True)] = {}
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        method_class(name)
+        return name
+
+    @field_validator("params")
+    @classmethod
+    def _complete(cls, params: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "method" not in info.data:  # its own error says what is wrong
+            return params
+        return params_of(build_method(info.data["method"], params))
+
+    @cached_property
+    def instance(self) -> Method:
+        """The method with these params, built once."""
+        return build_method(self.method, self.params)
+
+    def covers(self, layer: int, step: int, num_steps: int, stage: str) -> bool:
+        """Say whether the rule speaks about this layer and step of this stage."""
+        return (
+            (self.layers == "all" or layer in self.layers)
+            and self.stage in {None, stage}
+            and step_at(self.steps[0], num_steps) <= step < step_at(self.steps[1], num_steps)
+        )
+
+
+class Choice(NamedTuple):
+    """What some heads of one layer do at one step.
+
+    Args:
+        rule: Index of the rule that says so; None: no rule, or the schedule says dense.
+        method: The method; None: dense.
+        heads: The heads, ascending.
+    """
+
+    rule: int | None
+    method: Method | None
+    heads: tuple[int, ...]
+
+
+class Strategy(BaseModel):
+    """Which method runs in which layers, heads and steps; what no rule names is dense.
+
+    Args:
+        schema_version: Version of this form, 1.
+        name: A name for people.
+        model: The model it was made for; None: any.
+        grid: The latents grid it was made at; None: any. It runs on others too.
+        library_version: Version of dit_sparse that wrote it.
+        schedule: Dense steps and layers, over all rules.
+        rules: In rising order of precedence: a later rule wins over an earlier one for the heads,
+            layers and steps that both name.
+        receipt: How it was found and what was measured.
+    """
+
+    model_config = _FORM
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    model: Model | None = None
+    grid: Grid | None = None
+    library_version: str = __version__
+    schedule: Schedule = Schedule()
+    rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
+    receipt: Receipt = Receipt()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], shown: str = "strategy") -> Strategy:
+        """Validate plain data; errors start with ``shown`` and name the key.
+
+        ``schema_version`` must be there: data without it is something else.
+        """
+        if "schema_version" not in data:
+            raise StrategyError(
+                f"{shown}: schema_version: this key must be given; this form has "
+                f'"schema_version": {SCHEMA_VERSION}'
+            )
+        version = data["schema_version"]
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise StrategyError(
+                f"{shown}: schema_version: {version} is newer than dit_sparse {__version__} reads "
+                f"({SCHEMA_VERSION}); update dit_sparse"
+            )
+        try:
+            return cls.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
+        except ValidationError as error:
+            raise explain(error, shown, _KEYS) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StrategyError(f"{shown}: not plain JSON data: {error}") from error
+
+    @classmethod
+    def load(cls, name: str | PathLike[str]) -> Strategy:
+        """Read a strategy file by its path, or a shipped strategy by its name."""
+        if isinstance(name, str) and (shipped := shipped_file(name)) is not None:
+            return cls.from_dict(read_json(shipped, shipped.name), shipped.name)
+        path = Path(name)
+        try:
+            found = path.exists()
+        except (OSError, ValueError) as error:  # name too long, null byte
+            raise StrategyError(f"{str(name)!r:.80}: not a path: {error}") from error
+        if not found and path.suffix != ".json":
+            raise unknown_name(str(name), tuple(sorted(METHODS)))
+        return cls.from_dict(read_json(path, str(path)), str(path))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the file, whole or not at all; what is there is replaced."""
+        write_text(Path(path), self.to_json())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the content of the file as plain data, defaults included."""
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """Give the content of the file."""
+        return to_text(self.to_dict())
+
+    @classmethod
+    def single(cls, method: str, *, name: str | None = None, **options: Any) -> Strategy:
+        """Make the strategy that runs one method everywhere.
+
+        Args:
+            method: A name from the table of methods.
+            name: The strategy's name; the method's where None.
+            **options: The method's params and the schedule's fields.
+        """
+        plain = cls(name=method if name is None else name, rules=(_rule(method, {}),))
+        return plain.with_options(**options)
+
+    @classmethod
+    def coerce(
+        cls, profile: Strategy | str | PathLike[str] | Mapping[str, Any], **options: Any
+    ) -> Strategy:
+        """Make a strategy of whatever names one; ``options`` override its settings.
+
+        Args:
+            profile: A strategy; the content of one as a dict; the name of a method (runs it
+                everywhere) or of a shipped strategy; the path of a file, or of a folder that
+                ``save_pretrained`` wrote; a Hub repository. Tried in this order.
+            **options: See ``with_options``.
+        """
+        if isinstance(profile, Strategy):
+            return profile.with_options(**options)
+        if isinstance(profile, Mapping):
+            return cls.from_dict(profile).with_options(**options)
+        if not isinstance(profile, str | PathLike):
+            raise StrategyError(
+                "a strategy is wanted: a name, a path, a Hub repository, a dict or a Strategy, "
+                f"got {type(profile).__name__}"
+            )
+        if isinstance(profile, str) and profile in METHODS:
+            return cls.single(profile, **options)
+        if isinstance(profile, str) and profile in shipped_names():
+            return cls.load(profile).with_options(**options)
+        path = Path(profile)
+        if (path / CONFIG_NAME).is_file():
+            return cls.from_pretrained(path).with_options(**options)
+        if isinstance(profile, str) and is_repo_id(profile) and not path.exists():
+            return cls.from_pretrained(profile).with_options(**options)
+        return cls.load(profile).with_options(**options)
+
+    def with_options(self, **options: Any) -> Strategy:
+        """Override fields of the schedule or, where the rules name one method, its params.
+
+        Rules of the method "dense", which has no params, do not count.
+        """
+        if not options:
+            return self
+        methods = sorted({rule.method for rule in self.rules} - {"dense"})
+        params = param_names(methods[0]) if len(methods) == 1 else ()
+        scheduled = tuple(Schedule.model_fields)
+        unknown = [key for key in options if key not in params and key not in scheduled]
+        if unknown:
+            if len(methods) > 1:
+                of = f"several methods ({', '.join(methods)}), whose params a file must change; "
+            else:
+                of = f"{methods[0]}: {', '.join(params)}; " if methods else ""
+            raise StrategyError(
+                f"{self.name}: unknown option {unknown[0]!r}; there are {of}"
+                f"schedule: {', '.join(scheduled)}"
+            )
+        data = self.to_dict()
+        for key, value in options.items():
+            if key in scheduled:
+                data["schedule"][key] = value
+                continue
+            for rule in data["rules"]:
+                if rule["method"] in methods:
+                    rule["params"][key] = value
+        # What was measured or published was so with other settings.
+        data["receipt"] |= {"published": False, "measured": {}}
+        note = f"changed from {self.name} by options: {', '.join(sorted(options))}"
+        old = data["receipt"]["note"]
+        data["receipt"]["note"] = note if old is None else f"{old}; {note}"
+        return type(self).from_dict(data, self.name)
+
+    def validate_for(
+        self,
+        model_class: str,
+        num_layers: int,
+        num_heads: int,
+        *,
+        stages: tuple[str, ...] = ("transformer",),
+        config_hash: str | None = None,
+    ) -> tuple[str, ...]:
+        """Raise ``StrategyError`` where the strategy cannot be meant for this model.
+
+        Args:
+            model_class: Class name of the transformer.
+            num_layers: Its transformer blocks.
+            num_heads: Heads of each.
+            stages: The pipeline's transformers.
+            config_hash: ``config_hash(config)`` of the transformer.
+
+        Returns:
+            Remarks: what is odd, but runs.
+        """
+        if self.model is not None and model_class not in self.model.classes:
+            raise StrategyError(
+                f"{self.name}: model: made for {' or '.join(self.model.classes)}, this is a "
+                f"{model_class}; to use it all the same, set model to null in a copy of the file"
+            )
+        self._check_range("schedule.dense_layers", self.schedule.dense_layers, num_layers, "layer")
+        for i_rule, rule in enumerate(self.rules):
+            at = f"rules[{i_rule}]"
+            self._check_range(f"{at}.layers", rule.layers, num_layers, "layer")
+            self._check_range(f"{at}.heads", rule.heads, num_heads, "head")
+            if rule.stage is not None and rule.stage not in stages:
+                raise StrategyError(
+                    f"{self.name}: {at}.stage: this pipeline has no {rule.stage!r}, it has "
+                    f"{', '.join(stages)}"
+                )
+        wanted = None if self.model is None else self.model.config_hash
+        if wanted is not None and config_hash is not None and wanted != config_hash:
+            return (f"{self.name} was made for another config of {model_class}",)
+        return ()
+
+    def _check_range(
+        self, key: str, named: Literal["all"] | tuple[int, ...], size: int, word: str
+    ) -> None:
+        if named != "all" and named and named[-1] >= size:
+            raise StrategyError(
+                f"{self.name}: {key}: {word} {named[-1]} is out of range; this model has {size} "
+                f"{word}s, 0 to {size - 1}"
+            )
+
+    def assign(
+        self,
+        layer: int,
+        step: int,
+        num_steps: int,
+        stage: str,
+        num_heads: int,
+        num_layers: int,
+    ) -> tuple[Choice, ...]:
+        """Say what each head of a layer does at a step; heads that share a choice are one group.
+
+        Every head is in exactly one group; groups are ordered by their first head. All dense
+        heads are one group, whose method is None. Heads whose rules name equal methods (same
+        params) are one group too, under the first of those rules. Repeated calls are cached.
+        """
+        key = (layer, step, num_steps, stage, num_heads, num_layers)
+        found = self._assigned.get(key)
+        if found is None:
+            if not (0 <= layer < num_layers and 0 <= step < num_steps and num_heads > 0):
+                raise StrategyError(
+                    f"{self.name}: no layer {layer} of {num_layers}, step {step} of {num_steps}, "
+                    f"or head among {num_heads}"
+                )
+            if len(self._assigned) >= _MAX_CACHED:
+                self._assigned.clear()
+            found = self._assigned[key] = self._assign(layer, step, num_steps, stage, num_heads)
+        return found
+
+    @cached_property
+    def _assigned(self) -> dict[tuple[int, int, int, str, int, int], tuple[Choice, ...]]:
+        return {}
+
+    def _assign(
+        self, layer: int, step: int, num_steps: int, stage: str, num_heads: int
+    ) -> tuple[Choice, ...]:
+        rule_of: list[int | None] = [None] * num_heads
+        if not self.schedule.is_dense(layer, step, num_steps):
+            for i_rule, rule in enumerate(self.rules):
+                if rule.covers(layer, step, num_steps, stage):
+                    named = range(num_heads) if rule.heads == "all" else rule.heads
+                    for head in named:
+                        if head < num_heads:
+                            rule_of[head] = i_rule
+        groups: dict[Method | None, tuple[list[int], list[int]]] = {}
+        for head, i_head_rule in enumerate(rule_of):
+            chosen = None if i_head_rule is None else self.rules[i_head_rule]
+            method = None if chosen is None or chosen.method == "dense" else chosen.instance
+            rules, heads = groups.setdefault(method, ([], []))
+            heads.append(head)
+            if i_head_rule is not None:
+                rules.append(i_head_rule)
+        return tuple(
+            Choice(min(rules) if rules else None, method, tuple(heads))
+            for method, (rules, heads) in groups.items()
+        )
+
+    def save_pretrained(self, folder: str | PathLike[str], *, push_to_hub: bool = False) -> None:
+        """Write ``sparse_strategy.json`` into ``folder``, which is made if need be."""
+        self.save(Path(folder) / CONFIG_NAME)
+        if push_to_hub:
+            self.push_to_hub(Path(folder).name)
+
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], **options: Any) -> Strategy:
+        """Read ``sparse_strategy.json`` from a folder or a Hub repository.
+
+        Args:
+            name: The folder, or the repository's id.
+            **options: For ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``, ...).
+        """
+        if Path(name).is_dir():
+            path = Path(name) / CONFIG_NAME
+            return cls.from_dict(read_json(path, str(path)), str(path))
+        path = download(str(name), **options)
+        shown = f"{name}/{CONFIG_NAME}"
+        return cls.from_dict(read_json(path, shown), shown)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a dit_sparse strategy",
+    ) -> str:
+        """Upload the strategy to a Hub repository, made if need be; returns the commit's URL."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_file(
+            path_or_fileobj=self.to_json().encode(),
+            path_in_repo=CONFIG_NAME,
+            repo_id=repository.repo_id,
+            commit_message=commit_message,
+        )
+        return str(commit.commit_url)
+
+
+def _rule(method: str, params: dict[str, Any]) -> Rule:
+    method_class(method)
+    return Rule(method=method, params=params)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash a model's config (sha256, first 16 hex digits), private keys ("_...") left out."""
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    text = json.dumps(public, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_FORMS: dict[str, type[BaseModel]] = {
+    "": Strategy,
+    "model": Model,
+    "grid": Grid,
+    "schedule": Schedule,
+    "rules": Rule,
+    "receipt": Receipt,
+}
+_KEYS = {path: tuple(form.model_fields) for path, form in _FORMS.items()}

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategy files on disk, in the package and on the Hub: strict JSON in, atomic JSON out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dit_sparse.errors import StrategyError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
+
+CONFIG_NAME = "sparse_strategy.json"
+MAX_BYTES = 16 * 2**20  # a rule per head of the largest model, three bands: about 1 MiB
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise StrategyError(f"key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise StrategyError(f"{text} is no JSON number; write a finite one")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise StrategyError(f"number {text:.40} is too large")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise StrategyError(f"number {text[:20]}... is too large")
+    return int(text)
+
+
+def read_json(path: Path | Traversable, shown: str) -> dict[str, Any]:
+    """Read one JSON object, refusing what ``json`` lets pass: doubled keys, NaN, 1e999.
+
+    Args:
+        path: The file.
+        shown: How errors call it.
+    """
+    if path.is_dir():
+        inside = " (it holds one: use Strategy.from_pretrained)"
+        hint = inside if path.joinpath(CONFIG_NAME).is_file() else ""
+        raise StrategyError(f"{shown}: is a folder; a strategy file was wanted{hint}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise StrategyError(f"larger than {MAX_BYTES >> 20} MiB, no strategy file")  # noqa: TRY301
+        found = json.loads(
+            data.decode("utf-8-sig"),
+            object_pairs_hook=_pairs,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+    except StrategyError as error:
+        raise StrategyError(f"{shown}: {error}") from error
+    except FileNotFoundError as error:
+        raise StrategyError(f"{shown}: no such file") from error
+    except OSError as error:
+        raise StrategyError(f"{shown}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise StrategyError(f"{shown}: not UTF-8 text, so not a strategy file") from error
+    except json.JSONDecodeError as error:
+        what = "the file is empty or cut short" if error.pos >= len(error.doc.rstrip()) else error
+        raise StrategyError(f"{shown}: not valid JSON: {what}") from error
+    except RecursionError as error:
+        raise StrategyError(f"{shown}: nested too deeply for a strategy file") from error
+    if not isinstance(found, dict):
+        raise StrategyError(f"{shown}: wanted a JSON object, got {type(found).__name__}")
+    return found
+
+
+def to_text(data: dict[str, Any]) -> str:
+    """Write JSON for people: one key a line, a list of plain values in one line."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    # A raw newline never stands inside a JSON string, so joining lines changes no value.
+    lists = re.compile(r"\[[^\[\]{}]*\]")
+    joined = lists.sub(lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    return re.sub(r"\[ (.*) \](,?)$", r"[\1]\2", joined, flags=re.MULTILINE) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all; an existing file is replaced."""
+    scratch: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        # mkstemp makes files for the owner alone; keep the mode of the file that is replaced.
+        Path(scratch).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        Path(scratch).replace(path)
+    except OSError as error:
+        raise StrategyError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if scratch is not None:
+            with contextlib.suppress(OSError):
+                Path(scratch).unlink(missing_ok=True)
+
+
+def shipped_names() -> tuple[str, ...]:
+    """List the strategies that came with the package, by name."""
+    folder = files("dit_sparse").joinpath("profiles")
+    if not folder.is_dir():
+        return ()
+    found = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(".json") for name in found if name.endswith(".json")))
+
+
+def shipped_file(name: str) -> Traversable | None:
+    """Find the file of a shipped strategy; None where there is no such name."""
+    if name not in shipped_names():
+        return None
+    return files("dit_sparse").joinpath("profiles", f"{name}.json")
+
+
+def unknown_name(name: str, methods: tuple[str, ...]) -> StrategyError:
+    """Explain what a name could have been: near names first, then all there are."""
+    shipped = shipped_names()
+    near = get_close_matches(name, (*shipped, *methods), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return StrategyError(
+        f"no strategy file, shipped strategy or method is called {name!r}{hint} "
+        f"Shipped: {', '.join(shipped) if shipped else 'none'}. Methods: {', '.join(methods)}"
+    )
+
+
+def is_repo_id(name: str) -> bool:
+    """Say whether ``name`` has the form of a Hub repository and is no JSON file's path."""
+    return _REPO_ID.fullmatch(name) is not None and not name.endswith(".json")
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """Fetch the strategy file of a Hub repository (or find it in the local cache)."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo_id, CONFIG_NAME, **options))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise StrategyError(
+            f"{repo_id}: no {CONFIG_NAME} from a folder or Hub repository of this name: {first}"
+        ) from error
+
+
+def explain(error: ValidationError, shown: str, keys: dict[str, tuple[str, ...]]) -> StrategyError:
+    """Turn pydantic's errors into one that names the file and the key.
+
+    Args:
+        error: What pydantic found.
+        shown: How the error calls the file.
+        keys: The keys that each object takes, by its path without indices ("rules.").
+    """
+    found = error.errors()
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return StrategyError(f"{shown}: {_explain_one(found[0], keys)}{more}")
+
+
+def _explain_one(detail: ErrorDetails, keys: dict[str, tuple[str, ...]]) -> str:
+    loc = detail["loc"]
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        parent = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
+        takes = keys.get(parent, ())
+        near = get_close_matches(str(loc[-1]), takes, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        text = f"unknown key {loc[-1]!r}{hint}; there are: {', '.join(takes)}"
+        loc = loc[:-1]
+    elif kind == "missing":
+        text = "this key must be given"
+    elif kind == "value_error":
+        text = str(detail["ctx"]["error"])
+    else:
+        text = f"{detail['msg'][:1].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return f"{where.lstrip('.')}: {text}" if where else text

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under: one thread, no network, one profile of Hypothesis.
+
+``pytest --examples 2000`` is the long run: as many random examples of every property, new ones
+each time. Without it few are drawn, in CI always the same.
+"""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+
+EXAMPLES = 25
+IN_CI = os.environ.get("CI", "").lower() not in {"", "0", "false"}
+
+torch.set_num_threads(1)  # a second process uses the second core
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--examples",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"draw N random examples of every property (default {EXAMPLES})",
+    )
+
+
+def pytest_configure(config):
+    chosen = config.getoption("--examples")
+    settings.register_profile(
+        "dit_sparse",
+        deadline=None,  # time says nothing on a shared machine
+        derandomize=IN_CI and chosen is None,
+        max_examples=EXAMPLES if chosen is None else chosen,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],  # drawing tensors is slow, not wrong
+    )
+    settings.load_profile("dit_sparse")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root():
+    """Return the root of the repository."""
+    return Path(__file__).parents[1]
