@@ -97,10 +97,10 @@ def read_json(path: Path | Traversable, shown: str) -> dict[str, Any]:
 def to_text(data: dict[str, Any]) -> str:
     """Write JSON for people: one key a line, a list of plain values in one line."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
-    # A raw newline never stands inside a JSON string, so joining lines changes no value.
-    lists = re.compile(r"\[[^\[\]{}]*\]")
-    joined = lists.sub(lambda found: re.sub(r"\n\s*", " ", found[0]), text)
-    return re.sub(r"\[ (.*) \](,?)$", r"[\1]\2", joined, flags=re.MULTILINE) + "\n"
+    # A raw newline never stands inside a JSON string: each one here is layout, and a bracket
+    # beside one is a list's own. Lists of lists, of objects or of bracketed text stay as they are.
+    lists = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
+    return lists.sub(lambda found: f"[{re.sub(chr(10) + ' *', ' ', found[1])}]", text) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -88,6 +88,8 @@ class Clock:
                 return int(index)
         now = getattr(self.pipe, "_current_timestep", None)
         now = self.timestep if now is None else now
+        if now is None and hasattr(scheduler, "step_index"):
+            return 0  # it counts, and has not stepped yet (whole-model compile hides timestep)
         if now is None:
             raise LookupError("neither the scheduler nor the model's timestep tells the step")
         # One look-up per timestep object: on a GPU it reads the device.
