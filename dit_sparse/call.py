@@ -78,7 +78,14 @@ class AttentionCall:
         """Lay the same blocks with padded text left out (keys)."""
         if self.text_valid is None:
             return self.layout(block_size)
-        return self.grid.layout(block_size, self.query.device, self.text_valid)
+        # One layout for all layers of a pass: they get the very same text_valid.
+        slot = ("key_layout", self.grid, block_size, self.query.device)
+        known = self.shared.get(slot)
+        if known is None or known[0] is not self.text_valid:
+            made = self.grid.layout(block_size, self.query.device, self.text_valid)
+            known = self.shared[slot] = (self.text_valid, made)
+        found: BlockLayout = known[1]
+        return found
 
 
 class Ops(Protocol):

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from dit_sparse.call import AttentionCall
 from dit_sparse.errors import GeometryError
+from dit_sparse.head_groups import head_index, merge_plans, select_heads
 from dit_sparse.plan import BlockPlan
 from dit_sparse.probe import dense_lse, probe_rows, recall
 from dit_sparse.report import CallRecord, Part, Report, Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterator
 
     from dit_sparse.backends import Backends
     from dit_sparse.grid import LatentsGrid
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from dit_sparse.strategy import Strategy
 
     Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+GRIDS = 4  # geometries whose plans are kept; beyond it all are dropped when a generation starts
 
 
 class Decline(Exception):  # noqa: N818  (not an error: this call stays dense)
@@ -54,6 +57,7 @@ class Memory:
     shared: dict[Hashable, Any] = field(default_factory=dict)
     passes: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     masks_checked: set[Hashable] = field(default_factory=set)
+    grids: set[LatentsGrid] = field(default_factory=set)
     peak: int = 0
     # The sizes of states as last seen, kept up to date so that a report costs no walk per call.
     sizes: dict[Hashable, int] = field(default_factory=dict)
@@ -133,6 +137,9 @@ class SparseEngine:
     def _begin_generation(self, moment: Moment) -> None:
         self.memory.free_generation()
         self.memory.peak = 0
+        if len(self.memory.grids) > GRIDS:
+            self.memory.grids.clear()
+            self.memory.shared.clear()
         self.records = []
         self.num_steps = moment.num_steps
         # The schedule is the one that stood when we were attached: we came in its middle.
@@ -202,9 +209,8 @@ class SparseEngine:
             raise Decline("gradients are asked for; run under torch.no_grad()")
         if getattr(site.module.processor, "_parallel_config", None) is not None:
             raise Decline("context parallelism splits the sequence over processes")
-        if grid != self._grid:  # another resolution: plans of the old geometry are of no use
-            self.memory.shared.clear()
-            self._grid = grid
+        self._grid = grid
+        self.memory.grids.add(grid)
         if site.stage != self._stage:  # Wan 2.2 never comes back to its first transformer
             for old in [k for k in self.memory.states if k[0] != site.stage]:  # type: ignore[index]
                 self.memory.drop(old)
@@ -279,35 +285,63 @@ class SparseEngine:
             num_heads=len(call.heads),
             num_layers=call.num_layers,
         )
-        if len(groups) == 1:
-            return self._run_group(site, call, groups[0], dense, record)
-        output = torch.empty_like(call.value)
-        for group in groups:
-            part = select_heads(call, group[2])
-            index = _index(group[2])
-            output[:, :, index] = self._run_group(site, part, group, dense, record)
+        output = None if len(groups) == 1 else torch.empty_like(call.value)
+        planned: list[tuple[BlockPlan, AttentionCall, Any, Hashable]] = []
+        for rule, method, heads in groups:
+            part = select_heads(call, heads)
+            plan = None
+            place: Hashable = (call.stage, call.layer, call.branch, rule)
+            if method is not None:
+                part.state = self.memory.states.setdefault(place, {})
+                plan = method.plan(part, self.backends)
+            if plan is not None:
+                planned.append((plan, part, method, place))
+                continue
+            record.parts.append(Part(self._method_name(rule), heads, self._dense_name(site)))
+            own = dense(part.query, part.key, part.value)
+            if output is None:
+                return own
+            output[:, :, head_index(heads)] = own
+        for (plan, part, method, place), (own, lse) in zip(
+            planned, self._attend(call, planned), strict=True
+        ):
+            own = self._finish(part, plan, method, place, own, lse, record)  # noqa: PLW2901
+            if output is None:
+                return own
+            output[:, :, head_index(part.heads)] = own
+        assert output is not None
         return output
 
-    def _run_group(
+    def _attend(
+        self, call: AttentionCall, planned: list[tuple[BlockPlan, AttentionCall, Any, Hashable]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Compute all groups' plans, in one launch where their blocks are alike."""
+        joint = merge_plans([(plan, part.heads) for plan, part, _, _ in planned])
+        if joint is None or len(planned) == 1:
+            for plan, part, _, _ in planned:
+                yield self.backends.attend(part.query, part.key, part.value, plan, part.scale)
+            return
+        plan, heads = joint
+        whole = select_heads(call, heads)
+        output, lse = self.backends.attend(whole.query, whole.key, whole.value, plan, call.scale)
+        for _, part, _, _ in planned:
+            at = head_index(tuple(heads.index(head) for head in part.heads))
+            yield output[:, :, at], lse[:, at]
+
+    def _finish(
         self,
-        site: Site,
         call: AttentionCall,
-        group: tuple[int | None, Any, tuple[int, ...]],
-        dense: Dense,
+        plan: BlockPlan,
+        method: Any,
+        place: Hashable,
+        output: Tensor,
+        lse: Tensor,
         record: CallRecord,
     ) -> Tensor:
-        rule, method, heads = group
-        name = "dense" if rule is None else self.strategy.rules[rule].method
-        place = (call.stage, call.layer, call.branch, rule)
-        plan = None
-        if method is not None:
-            call.state = self.memory.states.setdefault(place, {})
-            plan = method.plan(call, self.backends)
-        if plan is None:
-            record.parts.append(Part(name, heads, self._dense_name(site)))
-            return dense(call.query, call.key, call.value)
-        output, lse = self.backends.attend(call.query, call.key, call.value, plan, call.scale)
-        part = Part(name, heads, self.backends.last_kernel or "?", plan.density().mean(0))
+        """Let the method finish, write down what ran, and mind its state."""
+        kernel = self.backends.last_kernel or "?"
+        rule = place[3]  # type: ignore[index]
+        part = Part(self._method_name(rule), call.heads, kernel, plan.density().mean(0))
         if self.probe and plan.kv_log_weight is None:
             part.recall = self._recall(call, lse)
         record.parts.append(part)
@@ -316,6 +350,9 @@ class SparseEngine:
         if call.step == call.num_steps - 1:  # nothing will ask for it again
             self.memory.drop(place)
         return finished
+
+    def _method_name(self, rule: int | None) -> str:
+        return "dense" if rule is None else self.strategy.rules[rule].method
 
     def _recall(self, call: AttentionCall, lse: Tensor) -> Tensor:
         seed = call.layer * 100_003 + call.step
@@ -344,30 +381,3 @@ class SparseEngine:
     def state_size(self) -> int:
         """Bytes held now: per-call state and plans shared by all calls."""
         return nbytes(self.memory.states) + nbytes(self.memory.shared)
-
-
-def _index(heads: tuple[int, ...]) -> slice | list[int]:
-    """Index heads by a slice where they are neighbours: a view instead of a copy."""
-    first, last = heads[0], heads[-1]
-    return slice(first, last + 1) if last - first + 1 == len(heads) else list(heads)
-
-
-def select_heads(call: AttentionCall, heads: tuple[int, ...]) -> AttentionCall:
-    """Narrow a call to some of its heads."""
-    index = _index(heads)
-    return AttentionCall(
-        call.query[:, :, index],
-        call.key[:, :, index],
-        call.value[:, :, index],
-        call.grid,
-        call.scale,
-        call.text_valid,
-        call.layer,
-        call.num_layers,
-        heads,
-        call.step,
-        call.num_steps,
-        call.stage,
-        call.branch,
-        shared=call.shared,
-    )

@@ -20,6 +20,8 @@ from dit_sparse.tiles import pack_tiles, unpack_tiles
 if TYPE_CHECKING:
     from os import PathLike
 
+_DENSITY_CHUNK = 1 << 22  # list entries looked at together
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
@@ -195,22 +197,47 @@ class BlockPlan:
         exceed what its block lists suggest, and a fully kept one with pooled keys exceeds 1.
         """
         batch, heads, blocks = self.batch, self.heads, self.q.blocks
+        queries = self.q.lengths.expand(batch, heads, -1).double()
         lengths = self.kv.lengths.expand(batch, heads, -1)
         index = self.kv_indices.expand(batch, heads, blocks, -1)
-        size = lengths.gather(-1, index.flatten(2).long()).view_as(index).double()
-        if self.partial is not None and self.tiles is not None:
-            size = size * self.q.lengths.expand(batch, heads, blocks)[..., None]
-            # A tile may reach past a short block: its bits there are 0 by construction.
-            bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).double()
-            tile = self.partial.expand_as(index).long()
-            size = torch.where(tile >= 0, bits[tile.clamp(min=0)], size)
-        else:
-            size = size * self.q.lengths.expand(batch, heads, blocks)[..., None]
-        entry = torch.arange(index.shape[-1], device=self.device)
-        live = entry < self.kv_num_blocks.expand(batch, heads, blocks)[..., None]
-        pairs = (size * live).sum((-1, -2))
+        counts = self.kv_num_blocks.expand(batch, heads, blocks)
+        # Heads in chunks: at 720p the lists of one layer are hundreds of megabytes.
+        chunk = max(1, _DENSITY_CHUNK // (batch * blocks * index.shape[-1]))
+        pairs = torch.cat(
+            [
+                self._kept_pairs(
+                    index[:, part],
+                    counts[:, part],
+                    lengths[:, part],
+                    queries[:, part],
+                    None if self.partial is None else self.partial.expand_as(index)[:, part],
+                )
+                for part in (slice(i, i + chunk) for i in range(0, heads, chunk))
+            ],
+            1,
+        )
         keys = lengths.sum(-1).double() if self.dense_keys is None else float(self.dense_keys)
-        return pairs / (self.q.lengths.expand(batch, heads, -1).sum(-1).double() * keys)
+        return pairs / (queries.sum(-1) * keys)
+
+    def _kept_pairs(
+        self,
+        index: Tensor,
+        counts: Tensor,
+        lengths: Tensor,
+        queries: Tensor,
+        partial: Tensor | None,
+    ) -> Tensor:
+        """Count (query, key) pairs of some heads, fp64 ``[batch, heads]``."""
+        entry = torch.arange(index.shape[-1], device=self.device)
+        live = entry < counts[..., None]
+        size = lengths.gather(-1, index.flatten(2).long()).view_as(index) * live
+        if partial is None or self.tiles is None:
+            return (size.sum(-1) * queries).sum(-1)
+        # A tile may reach past a short block: its bits there are 0 by construction.
+        bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).double()
+        whole = (size * (partial < 0)).sum(-1) * queries
+        cut = torch.where(live & (partial >= 0), bits[partial.clamp(min=0).long()], 0.0)
+        return (whole + cut.sum(-1)).sum(-1)
 
     def block_mask(self) -> Tensor:
         """Unpack to bool ``[batch, heads, q_blocks, kv_blocks]``; partial blocks count as kept."""

@@ -34,7 +34,7 @@ LAYERS = {
     "doctor": Layer(("doctor",), ("strategy", "backends", "pipelines")),
     "video": Layer(("video",), ("base",)),
     "apply": Layer(("apply",), ("engine", "strategy", "pipelines", "forecast")),
-    "engine": Layer(("engine",), ("strategy", "pipelines", "report")),
+    "engine": Layer(("engine", "head_groups"), ("strategy", "pipelines", "report")),
     "forecast": Layer(("forecast",), ("strategy", "backends")),
     "report": Layer(("report", "probe"), ("ops", "reference")),
     "strategy": Layer(("strategy", "strategy_io", "schedule", "profiles"), ("methods",)),
