@@ -107,6 +107,90 @@ class Ops(Protocol):
     ) -> Tensor:
         """Sum exp(score - lse) over block pairs: fp32 ``[batch, heads, q_blocks, kv_blocks]``."""
 
+    # Planning: torch alone, any device, scores in fp32, no wait for the device. What the arguments
+    # mean in full stands beside each in kernels/<pool, antidiagonal, ...>.py; scores are
+    # [batch, heads, q_blocks, kv_blocks], slots are tokens, keys in no block take no part.
+
+    def pool(self, x: Tensor, layout: BlockLayout) -> Tensor:
+        """Average each block, 0 where it is empty: ``[batch, heads, blocks, head_dim]``."""
+
+    def pooled_scores(
+        self, query: Tensor, key: Tensor, q: BlockLayout, kv: BlockLayout, scale: float
+    ) -> Tensor:
+        """Score block pairs by mean query and mean key, -inf for an empty key block."""
+
+    def antidiagonal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        q: BlockLayout,
+        kv: BlockLayout,
+        stride: int,
+        scale: float,
+    ) -> Tensor:
+        """Estimate block mass from the antidiagonals of stride x stride cells (XAttention)."""
+
+    def tile_maximum(
+        self,
+        query: Tensor,
+        key: Tensor,
+        q: BlockLayout,
+        kv: BlockLayout,
+        samples: int,
+        scale: float,
+        *,
+        seed: int = 0,
+        form: str = "code",
+    ) -> Tensor:
+        """Score block pairs by the largest weight among sampled tokens (BLADE), in [0, 1]."""
+
+    def kmeans(
+        self,
+        points: Tensor,
+        clusters: int,
+        iterations: int,
+        *,
+        init: Tensor | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cluster the tokens of each (sample, head): centroids, labels, counts."""
+
+    def cluster_order(
+        self, labels: Tensor, counts: Tensor, max_length: int | None = None
+    ) -> tuple[Tensor, BlockLayout, Tensor]:
+        """Order tokens by cluster: permutation, blocks of one cluster each, cluster of a block."""
+
+    def expand_clusters(self, mask: Tensor, q_owner: Tensor, kv_owner: Tensor) -> Tensor:
+        """Spell a mask over clusters out over the blocks of ``cluster_order``."""
+
+    def select_top_k(
+        self,
+        scores: Tensor,
+        counts: int | Tensor,
+        keep: Tensor | None = None,
+        *,
+        keep_inside: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep the best blocks of each row: block_mask, kv_indices, kv_num_blocks."""
+
+    def select_top_p(
+        self,
+        scores: Tensor,
+        p: float,
+        floor: int = 0,
+        keep: Tensor | None = None,
+        *,
+        ceiling: int | None = None,
+        keep_inside: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep the fewest blocks that hold the share ``p`` of each row's weight: likewise."""
+
+    def gather_tokens(self, x: Tensor, permutation: Tensor, *, padding: bool = True) -> Tensor:
+        """Put tokens into slots, 0 where ``permutation`` is -1."""
+
+    def scatter_tokens(self, x: Tensor, permutation: Tensor, tokens: int) -> Tensor:
+        """Put slots back to their tokens, 0 where a token has none."""
+
 
 class Method(Protocol):
     """One published or own way to choose block pairs: a frozen dataclass, its fields the params.

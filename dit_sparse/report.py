@@ -123,18 +123,18 @@ class Report:
 
     @property
     def sparse_rows(self) -> list[dict[str, Any]]:
-        """The calls in which at least one head was sparse."""
-        return [row for row in self.rows if row["density"] < 1 or set(row["methods"]) != {"dense"}]
+        """The calls that dropped something (a search step that keeps all is dense)."""
+        return [row for row in self.rows if row["density"] < 1]
 
     @property
     def recall(self) -> float | None:
         """Mean recall over the probed rows of sparse calls; None where nothing was probed."""
-        return _average(self.rows, "recall")
+        return _average(self.sparse_rows, "recall")
 
     @property
     def worst_recall(self) -> float | None:
         """The lowest recall of any probed call."""
-        probed = [row["recall"] for row in self.rows if row["recall"] is not None]
+        probed = [row["recall"] for row in self.sparse_rows if row["recall"] is not None]
         return min(probed, default=None)
 
     @property
@@ -202,7 +202,7 @@ class Report:
             layers[row["stage"], row["layer"]].append(row)
         lines = [self.summary(), "  layer  calls  sparse  density  recall      ms  methods"]
         for (stage, layer), rows in sorted(layers.items()):
-            sparse = [row for row in rows if row in self.sparse_rows] if rows else []
+            sparse = [row for row in rows if row["density"] < 1]
             recall = _average(rows, "recall")
             names = sorted({name for row in rows for name in row["methods"]})
             prefix = "2:" if stage.endswith("_2") else ""

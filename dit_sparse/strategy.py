@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strategies: which method runs where, as validated data that is a file.
 
-One file because it is one schema: what stands in the JSON is what these classes hold.
+Past 300 lines, as it is one class: every way to get, change, keep and ask a strategy.
 """
 
 from __future__ import annotations
@@ -12,29 +12,22 @@ from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, Field, ValidationError
 
 from dit_sparse._version import __version__
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods import METHODS, method_class
-from dit_sparse.methods.params import build_method, param_names, params_of
-from dit_sparse.methods.steps import step_at
-from dit_sparse.schedule import Schedule, indices
+from dit_sparse.methods.params import param_names
+from dit_sparse.schedule import Schedule
+from dit_sparse.strategy_form import FORM, Grid, Model, Receipt, Rule
 from dit_sparse.strategy_io import (
     CONFIG_NAME,
     download,
     explain,
     is_repo_id,
+    is_there,
     read_json,
     shipped_file,
     shipped_names,
@@ -59,139 +52,8 @@ __all__ = [
     "shipped_names",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 _MAX_CACHED = 1 << 16
-_FORM = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-Positive = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-def _everywhere(word: str) -> BeforeValidator:
-    def check(value: Any) -> Literal["all"] | tuple[int, ...]:
-        if value == "all":
-            return "all"
-        if isinstance(value, str):
-            raise ValueError(f'must be "all" or a list of indices, got {value!r:.80}')  # noqa: TRY004
-        found = indices(value, word)
-        if not found:
-            raise ValueError(f'{word} must name at least one, or be "all"; got []')
-        return found
-
-    return BeforeValidator(check)
-
-
-def _band(value: Any) -> tuple[float, float]:
-    numbers = (
-        tuple(float(part) for part in value if type(part) in {int, float})
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    if len(numbers) != 2 or len(value) != 2 or not 0 <= numbers[0] < numbers[1] <= 1:
-        raise ValueError(
-            "must be [start, stop) as fractions of the run, 0 <= start < stop <= 1, "
-            f"got {value!r:.80}; the whole run is [0.0, 1.0]"
-        )
-    return numbers[0], numbers[1]
-
-
-class Model(BaseModel):
-    """The model a strategy was made for: transformer class names, hash of its config or None."""
-
-    model_config = _FORM
-
-    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    config_hash: str | None = None
-
-
-class Grid(BaseModel):
-    """The latents grid a strategy was measured at, in tokens after patchify."""
-
-    model_config = _FORM
-
-    frames: Positive
-    height: Positive
-    width: Positive
-    text: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-
-
-class Receipt(BaseModel):
-    """How a strategy was found and what was measured with it.
-
-    Args:
-        published: The settings of a paper or its code, not measured here.
-        source: Where they come from, or who made them by hand.
-        command: The command that found them.
-        prompts: Prompts it was searched or measured on.
-        seeds: Seeds of those generations.
-        device: Name of the device.
-        kernel: Attention kernel that ran.
-        versions: Versions of the packages that matter, by name.
-        measured: Measured figures by name ("density", "psnr_db", "relative_error").
-        note: Anything a reader must know.
-    """
-
-    model_config = _FORM
-
-    published: bool = False
-    source: str | None = None
-    command: str | None = None
-    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    seeds: Annotated[tuple[int, ...], Field(strict=False)] = ()
-    device: str | None = None
-    kernel: str | None = None
-    versions: dict[str, str] = {}
-    measured: dict[str, float] = {}
-    note: str | None = None
-
-
-class Rule(BaseModel):
-    """One method for some layers, heads and steps.
-
-    Args:
-        layers: Indices of transformer blocks, or "all".
-        heads: Indices of heads, or "all".
-        steps: ``[start, stop)`` as fractions of the run; each is rounded half up to a step, so
-            bands that touch as fractions touch as steps.
-        stage: Name of the transformer in a pipeline with two ("transformer", "transformer_2");
-            None: both.
-        method: A name from the table of methods.
-        params: The method's params; those left out get their defaults, and are then written out.
-    """
-
-    model_config = _FORM
-
-    layers: Annotated[Literal["all"] | tuple[int, ...], _everywhere("layers")] = "all"
-    heads: Annotated[Literal["all"] | tuple[int, ...], _everywhere("heads")] = "all"
-    steps: Annotated[tuple[float, float], BeforeValidator(_band)] = (0.0, 1.0)
-    stage: Literal["transformer", "transformer_2"] | None = None
-    method: str
-    params: Annotated[dict[str, Any], Field(validate_default=True)] = {}
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        method_class(name)
-        return name
-
-    @field_validator("params")
-    @classmethod
-    def _complete(cls, params: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if "method" not in info.data:  # its own error says what is wrong
-            return params
-        return params_of(build_method(info.data["method"], params))
-
-    @cached_property
-    def instance(self) -> Method:
-        """The method with these params, built once."""
-        return build_method(self.method, self.params)
-
-    def covers(self, layer: int, step: int, num_steps: int, stage: str) -> bool:
-        """Say whether the rule speaks about this layer and step of this stage."""
-        return (
-            (self.layers == "all" or layer in self.layers)
-            and self.stage in {None, stage}
-            and step_at(self.steps[0], num_steps) <= step < step_at(self.steps[1], num_steps)
-        )
 
 
 class Choice(NamedTuple):
@@ -223,9 +85,9 @@ class Strategy(BaseModel):
         receipt: How it was found and what was measured.
     """
 
-    model_config = _FORM
+    model_config = FORM
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = SCHEMA_VERSION
     name: Annotated[str, Field(min_length=1, max_length=200)]
     model: Model | None = None
     grid: Grid | None = None
@@ -240,16 +102,12 @@ class Strategy(BaseModel):
 
         ``schema_version`` must be there: data without it is something else.
         """
-        if "schema_version" not in data:
+        version = data.get("schema_version", "nothing")
+        if type(version) is not int or version != SCHEMA_VERSION:
+            newer = type(version) is int and version > SCHEMA_VERSION
             raise StrategyError(
-                f"{shown}: schema_version: this key must be given; this form has "
-                f'"schema_version": {SCHEMA_VERSION}'
-            )
-        version = data["schema_version"]
-        if type(version) is int and version > SCHEMA_VERSION:
-            raise StrategyError(
-                f"{shown}: schema_version: {version} is newer than dit_sparse {__version__} reads "
-                f"({SCHEMA_VERSION}); update dit_sparse"
+                f"{shown}: schema_version: must be {SCHEMA_VERSION}, got {version!r:.80}"
+                + (f"; dit_sparse {__version__} is too old for this file" if newer else "")
             )
         try:
             return cls.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
@@ -264,11 +122,7 @@ class Strategy(BaseModel):
         if isinstance(name, str) and (shipped := shipped_file(name)) is not None:
             return cls.from_dict(read_json(shipped, shipped.name), shipped.name)
         path = Path(name)
-        try:
-            found = path.exists()
-        except (OSError, ValueError) as error:  # name too long, null byte
-            raise StrategyError(f"{str(name)!r:.80}: not a path: {error}") from error
-        if not found and path.suffix != ".json":
+        if path.suffix != ".json" and not is_there(path):
             raise unknown_name(str(name), tuple(sorted(METHODS)))
         return cls.from_dict(read_json(path, str(path)), str(path))
 
@@ -322,9 +176,9 @@ class Strategy(BaseModel):
         if isinstance(profile, str) and profile in shipped_names():
             return cls.load(profile).with_options(**options)
         path = Path(profile)
-        if (path / CONFIG_NAME).is_file():
+        if is_there(path / CONFIG_NAME):
             return cls.from_pretrained(path).with_options(**options)
-        if isinstance(profile, str) and is_repo_id(profile) and not path.exists():
+        if isinstance(profile, str) and is_repo_id(profile) and not is_there(path):
             return cls.from_pretrained(profile).with_options(**options)
         return cls.load(profile).with_options(**options)
 

@@ -60,11 +60,11 @@ def read_json(path: Path | Traversable, shown: str) -> dict[str, Any]:
         path: The file.
         shown: How errors call it.
     """
-    if path.is_dir():
-        inside = " (it holds one: use Strategy.from_pretrained)"
-        hint = inside if path.joinpath(CONFIG_NAME).is_file() else ""
-        raise StrategyError(f"{shown}: is a folder; a strategy file was wanted{hint}")
     try:
+        if path.is_dir():
+            inside = path.joinpath(CONFIG_NAME).is_file()
+            hint = " (it holds one: use Strategy.from_pretrained)" if inside else ""
+            raise StrategyError(f"is a folder; a strategy file was wanted{hint}")  # noqa: TRY301
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
@@ -80,18 +80,27 @@ def read_json(path: Path | Traversable, shown: str) -> dict[str, Any]:
         raise StrategyError(f"{shown}: {error}") from error
     except FileNotFoundError as error:
         raise StrategyError(f"{shown}: no such file") from error
-    except OSError as error:
-        raise StrategyError(f"{shown}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise StrategyError(f"{shown}: not UTF-8 text, so not a strategy file") from error
     except json.JSONDecodeError as error:
         what = "the file is empty or cut short" if error.pos >= len(error.doc.rstrip()) else error
         raise StrategyError(f"{shown}: not valid JSON: {what}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StrategyError(f"{shown}: cannot be read: {reason}") from error
     except RecursionError as error:
         raise StrategyError(f"{shown}: nested too deeply for a strategy file") from error
     if not isinstance(found, dict):
         raise StrategyError(f"{shown}: wanted a JSON object, got {type(found).__name__}")
     return found
+
+
+def is_there(path: Path) -> bool:
+    """Say whether a path exists; one that the system cannot even look up does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # name too long, null byte
+        return False
 
 
 def to_text(data: dict[str, Any]) -> str:
@@ -135,7 +144,7 @@ def shipped_file(name: str) -> Traversable | None:
     """Find the file of a shipped strategy; None where there is no such name."""
     if name not in shipped_names():
         return None
-    return files("dit_sparse").joinpath("profiles", f"{name}.json")
+    return files("dit_sparse").joinpath("profiles").joinpath(f"{name}.json")  # one part: 3.10
 
 
 def unknown_name(name: str, methods: tuple[str, ...]) -> StrategyError:
@@ -144,7 +153,7 @@ def unknown_name(name: str, methods: tuple[str, ...]) -> StrategyError:
     near = get_close_matches(name, (*shipped, *methods), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return StrategyError(
-        f"no strategy file, shipped strategy or method is called {name!r}{hint} "
+        f"no strategy file, shipped strategy or method is called {name!r:.80}{hint} "
         f"Shipped: {', '.join(shipped) if shipped else 'none'}. Methods: {', '.join(methods)}"
     )
 

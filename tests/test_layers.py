@@ -37,7 +37,9 @@ LAYERS = {
     "engine": Layer(("engine", "head_groups"), ("strategy", "pipelines", "report")),
     "forecast": Layer(("forecast",), ("strategy", "backends")),
     "report": Layer(("report", "probe"), ("ops", "reference")),
-    "strategy": Layer(("strategy", "strategy_io", "schedule", "profiles"), ("methods",)),
+    "strategy": Layer(
+        ("strategy", "strategy_form", "strategy_io", "schedule", "profiles"), ("methods",)
+    ),
     "pipelines": Layer(("pipelines",), ("grid",)),  # an adapter never sees a method
     "methods": Layer(("methods",), ("call",)),  # a method never sees a kernel
     "ops": Layer(("ops",), ("backends", "call")),

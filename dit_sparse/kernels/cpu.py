@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dit_sparse.kernels.cpu_backward import attend_backward, attend_with_grad
 from dit_sparse.kernels.cpu_mass import block_mass
 from dit_sparse.kernels.cpu_rows import (
     Row,
@@ -38,15 +39,17 @@ if TYPE_CHECKING:
 
     from dit_sparse.plan import BlockPlan
 
-__all__ = ["HAS_BACKWARD", "attend", "block_mass", "reasons_against"]
+__all__ = ["HAS_BACKWARD", "attend", "attend_backward", "block_mass", "reasons_against"]
 
-HAS_BACKWARD = False
+HAS_BACKWARD = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAID_OUT = 32 << 20  # bytes of one head's keys and values in the plan's order, at most
 GATHERED = 16 << 20  # bytes of gathered keys and values, over all workers
+FEWEST_KEYS = 256  # but at least so many keys
 Q_ROWS = 1024  # queries in one call at most, where they are gathered
 BIG_CALL = 768  # from here on the fused call cuts queries into its largest pieces, of 256
 WORTH_A_THREAD = 2e8  # multiply-adds: some milliseconds, many times what starting a thread takes
+VECTOR = 16  # numbers that the fused attention takes at a time, at most
 WHOLE_BLOCKS = 8  # slots: shorter pieces are gathered token by token
 
 # What F.scaled_dot_product_attention reaches on the CPU; called by name, it also gives the LSE.
@@ -64,11 +67,10 @@ def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
     return reasons
 
 
-@torch.no_grad()
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend each query to the keys that its plan keeps.
+    """Attend each query to the keys that its plan keeps; differentiable.
 
     Args:
         query: ``[batch, seq_len, heads, head_dim]``, any strides.
@@ -81,6 +83,16 @@ def attend(
         Output like ``query``; LSE fp32 ``[batch, heads, seq_len]``, natural log. Queries that
         keep nothing get 0 and -inf.
     """
+    wanted = (query, key, value, plan.kv_log_weight)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted):
+        return attend_with_grad(_attend, query, key, value, plan, scale)
+    return _attend(query, key, value, plan, scale)
+
+
+@torch.no_grad()
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
+) -> tuple[Tensor, Tensor]:
     # The fused call takes a last dimension of another stride for one of stride 1, silently.
     q, k, v = (
         (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value)
@@ -112,9 +124,8 @@ class _Call:
         }
         if len(rows) == 1 and self.plain and self._is_dense(rows[0, 0]):
             (first, last) = rows[0, 0][0].kv[0]
-            o, e = _sdpa(
-                self.q, self.k[:, :, first:last], self.v[:, :, first:last], scale=self.scale
-            )
+            k, v = self.k[:, :, first:last], self.v[:, :, first:last]
+            o, e = _fused(self.q, k, v, self.scale)
             return o.transpose(1, 2), e.float()
         self.output = self.q.new_zeros((self.batch, self.tokens, self.heads, self.head_dim))
         self.lse = torch.full((self.batch, self.heads, self.tokens), -torch.inf)
@@ -125,11 +136,12 @@ class _Call:
         with ExitStack() as stack:
             pool = None
             if workers > 1:
+                # A worker's setting is its own, but it is also what later threads start with:
+                # set back once the last worker has ended.
+                stack.callback(torch.set_num_threads, self.threads)
                 pool = stack.enter_context(
                     ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
                 )
-                # A worker's setting is its own, but it is also what later threads start with.
-                stack.callback(torch.set_num_threads, self.threads)
             for i_batch in range(self.batch):
                 for i_head in range(self.heads):
                     listed = rows[i_batch % plan.batch, i_head % plan.heads]
@@ -162,7 +174,7 @@ class _Head:
         self.row_bytes = call.head_dim * call.q.element_size()
         self.bias_dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
         # Keys and values that one call gathers at most.
-        self.most_keys = max(256, GATHERED // (2 * workers * self.row_bytes))
+        self.most_keys = max(FEWEST_KEYS, GATHERED // (2 * workers * self.row_bytes))
 
     def run(self, rows: list[Row], pool: ThreadPoolExecutor | None) -> None:
         """Compute all rows of this head."""
@@ -197,7 +209,7 @@ class _Head:
         step = max(256, GATHERED // self.row_bytes // 256 * 256)
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
-            o, e = _sdpa(self.q[None, None, begin:end], k, v, scale=self.scale)
+            o, e = _fused(self.q[None, None, begin:end], k, v, self.scale)
             self.output[begin:end] = o[0, 0]
             self.lse[begin:end] = e[0, 0]
 
@@ -240,7 +252,7 @@ class _Head:
                 if not weight.numel():
                     continue
             bias = None if weight is None else weight[None, None, None]
-            o, e = _merge(o, e, *_sdpa(q, k, v, attn_mask=bias, scale=self.scale))
+            o, e = _merge(o, e, *_fused(q, k, v, self.scale, bias))
         if row.partial:
             o, e = self._attend_partial(row, q, o, e, buffers)
         if o is None or e is None:
@@ -326,7 +338,7 @@ class _Head:
             bias.masked_fill_(~keep, -torch.inf)
             k, v = self._keys(spans, buffers)
             if bool(k.isfinite().all()) and bool(v.isfinite().all()):
-                own = _sdpa(q, k, v, attn_mask=bias[None, None], scale=self.scale)
+                own = _fused(q, k, v, self.scale, bias[None, None])
             else:
                 own = _attend_not_finite(q, k, v, bias, keep, self.scale)
             nothing = ~keep.any(-1)  # the fused call gives these an LSE of 0
@@ -344,21 +356,42 @@ def _unpack(tiles: Tensor, part: list[tuple[int, int, int]], queries: int) -> Te
     return torch.cat([bits[i, :, : stop - start] for i, (start, stop, _) in enumerate(part)], 1)
 
 
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend to every key, all ``[batch, heads, tokens, head_dim]``; gives output and LSE.
+
+    Torch's fused attention loses a nan in two cases (seen in 2.13): of fewer than one vector of
+    keys all of whose scores are nan it makes 0, and of an infinite score in 16 bits too.
+    """
+    few = k.shape[2] < VECTOR
+    if few and not (bool(q.isfinite().all()) and bool(k.isfinite().all())):
+        keep = torch.ones((), dtype=torch.bool).expand(q.shape[2], k.shape[2])
+        bias = torch.zeros((), dtype=torch.float32) if bias is None else bias
+        return _attend_not_finite(q, k, v, bias, keep, scale)
+    o, e = _sdpa(q, k, v, attn_mask=bias, scale=scale)
+    lost = e == torch.inf
+    if bool(lost.any()):
+        o.masked_fill_(lost[..., None], torch.nan)
+    return o, e
+
+
 def _attend_not_finite(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend under a mask when a key or value is nan or inf: only queries that keep it see it."""
+    """Attend under a mask when some key or value is nan or inf: who keeps it sees it, no other."""
     work = torch.promote_types(q.dtype, torch.float32)
     score = (q.to(work) @ k.to(work).mT) * scale + torch.where(keep, bias, 0.0).to(work)
     score.masked_fill_(~keep, -torch.inf)
     lse = score.logsumexp(-1, keepdim=True)
     weight = (score - lse).exp().masked_fill_(~keep, 0.0)
     wide = v.to(work)
-    finite = wide.isfinite().all(-1, keepdim=True)
+    finite = wide.isfinite()
     output = weight @ torch.where(finite, wide, 0.0)
-    for j in (~finite[0, 0, :, 0]).nonzero().flatten().tolist():
-        term = weight[..., j, None] * wide[..., j, None, :]
-        output += torch.where(keep[:, j, None], term, 0.0)
+    for j in (~finite).any(-1).flatten(0, 1).any(0).nonzero().flatten().tolist():
+        term = weight[..., j, None] * wide[..., j, None, :]  # [batch, heads, queries, head_dim]
+        seen = keep[:, j, None] & ~finite[..., j, None, :]
+        output += torch.where(seen, term, 0.0)
     return output.to(q.dtype), lse.squeeze(-1)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from dit_sparse.grid import BlockLayout
 
-BUDGET = 8 << 20  # bytes of scores held at a time
+BUDGET = 2 << 20  # bytes of scores held at a time: they stay in the cache
 
 
 @torch.no_grad()
@@ -35,28 +35,47 @@ def block_mass(
         fp32 ``[batch, heads, q_blocks, kv_blocks]``; a row sums to its block's query tokens.
     """
     batch, tokens, heads, _ = query.shape
-    keys = key.shape[1]
     work = torch.promote_types(query.dtype, torch.float32)
     mass = torch.zeros(batch, heads, q.blocks, kv.blocks)
-    step = max(1, BUDGET // (keys * work.itemsize))
-    scores = torch.empty(min(step, tokens), keys, dtype=work)
+    length = kv.max_length
+    slot = {}  # of each key: block * max_length + place, by (batch, head) of the layout
     for i_batch in range(batch):
         for i_head in range(heads):
-            k = key[i_batch, :, i_head].to(work).T
             own = lse[i_batch, i_head].to(work)
-            own = torch.where(own == -torch.inf, torch.inf, own)
+            minus = torch.where(own == -torch.inf, -torch.inf, -own)
+            part = i_batch % kv.starts.shape[0], i_head % kv.starts.shape[1]
+            if part not in slot:
+                slot[part] = _padded_slots(kv, *part)
+            token, padding = slot[part]
+            k = key[i_batch, :, i_head].to(work)[token].T  # [head_dim, blocks * max_length]
+            sums = torch.zeros(q.blocks + 1, kv.blocks, dtype=work)
             q_block = _block_of_token(q, i_batch, i_head)
-            kv_block = _block_of_token(kv, i_batch, i_head)
-            sums = torch.zeros(q.blocks + 1, kv.blocks + 1, dtype=work)
+            step = max(1, BUDGET // (k.shape[1] * work.itemsize))
+            scores = torch.empty(min(step, tokens), k.shape[1], dtype=work)
             for start in range(0, tokens, step):
                 rows = query[i_batch, start : start + step, i_head].to(work) * scale
-                score = torch.mm(rows, k, out=scores[: rows.shape[0]])
-                score.sub_(own[start : start + step, None]).exp_()
-                by_key = torch.zeros(kv.blocks + 1, rows.shape[0], dtype=work)
-                by_key.index_add_(0, kv_block, score.T)
-                sums.index_add_(0, q_block[start : start + step], by_key.T)
-            mass[i_batch, i_head] = sums[:-1, :-1]
+                bias = minus[start : start + step, None].expand(-1, k.shape[1])
+                weight = torch.addmm(bias, rows, k, out=scores[: rows.shape[0]]).exp_()
+                if padding.numel():
+                    weight.index_fill_(1, padding, 0.0)
+                by_block = weight.view(rows.shape[0], kv.blocks, length).sum(-1)
+                sums.index_add_(0, q_block[start : start + step], by_block)
+            mass[i_batch, i_head] = sums[:-1]
     return mass
+
+
+def _padded_slots(layout: BlockLayout, i_batch: int, i_head: int) -> tuple[Tensor, Tensor]:
+    """Lay blocks side by side at their greatest length, so that a block's sum is a view's.
+
+    Returns:
+        The token in each slot, int64 ``[blocks * max_length]`` (0 on padding), and the slots that
+        are padding.
+    """
+    place = torch.arange(layout.max_length)
+    starts = layout.starts[i_batch, i_head].long()[:, None]
+    live = place < layout.lengths[i_batch, i_head][:, None]
+    token = torch.where(live, starts + place, 0).flatten()
+    return token, (~live).flatten().nonzero().flatten()
 
 
 def _block_of_token(layout: BlockLayout, i_batch: int, i_head: int) -> Tensor:

@@ -47,9 +47,12 @@ class Radial:
 
     Args:
         form: "paper": a block pair is kept where the token rule keeps any pair in it, so nothing
-            that the rule keeps is lost; density falls as log(n) / n. "released": about half as
-            wide, blocks kept by the majority of their columns. Without the code's edge loss: a
-            block is judged by the part it has of each frame, so any frames x height x width runs.
+            that the rule keeps is lost. The rule's cost grows as n log n; blocks add about
+            2 * block_size / (tokens of a frame) to the density of long videos. "released": about
+            half as wide, blocks kept by the majority of their columns, far frames thinned out
+            where the window would be narrower than 128: n log n in blocks too. Without the code's
+            edge loss: a block is judged by the part it has of each frame, so any frames x height
+            x width runs.
         decay_factor: Multiplies the window at distances above 1; > 0. Higher is closer to dense
             and slower. The paper's formula has 1; its code used 0.2 (Wan 2.1) to 1.
         block_size: Tokens in a block, 1 to 1024; kernels are fastest at 128 and 64.

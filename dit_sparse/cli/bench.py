@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse bench``: how fast the kernels of this machine are, sparse against dense."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, say
+
+EXAMPLES = (
+    "dit-sparse bench --device cpu -o bench.json",
+    "dit-sparse bench --block-size 128 --density 0.25 --threads 1 --repeats 3",
+)
+
+
+def run(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="JSON file for all numbers; replaced if it is there.",
+            show_default="none, only the table",
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")
+    ] = "auto",
+    block_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--block-size",
+            min=1,
+            max=1024,
+            help="Tokens in a block; may be given several times.",
+            show_default="64 and 128",
+        ),
+    ] = None,
+    densities: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--density",
+            min=0.001,
+            max=1.0,
+            help="Share of key blocks that are computed; may be given several times.",
+            show_default="0.5, 0.25, 0.125",
+        ),
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="CPU threads; may be given several times.",
+            show_default="1 and all",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=1000, help="Timed rounds; medians count.")
+    ] = 5,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="Kernel to measure.", show_default="the best that can run"),
+    ] = None,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory/--no-memory", help="Measure peak memory at 32k tokens too (CPU only)."
+        ),
+    ] = True,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Time sparse against dense attention in one process.
+
+    efficiency = dense time x density / sparse time: 1 where every block that is left out saves
+    its whole share of the dense time.
+    """
+    import torch
+
+    from dit_sparse.backends import Backends
+    from dit_sparse.bench import run_bench
+
+    Backends(kernel)  # a name that does not exist is said at once
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise UserError(f"--device cuda: this torch ({torch.__version__}) sees no GPU")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"{output}: not a file name in a folder that exists")
+    given = {"block_sizes": block_sizes, "densities": densities, "threads": threads}
+    with ERR.status("measuring") as status:
+
+        def tell(line: str) -> None:
+            status.update(f"measuring {line}")
+            if not ERR.is_terminal:
+                say(f"measuring {line} ...")
+
+        found = run_bench(
+            "cuda" if device == "cuda" or (device == "auto" and there) else "cpu",
+            repeats=repeats,
+            kernel=kernel,
+            memory=memory,
+            command=" ".join(["dit-sparse", *sys.argv[1:]]),
+            progress=tell,
+            **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
+        )
+    # Eleven columns: in a file or a pipe lines may be long, a terminal is as wide as it is.
+    wide = OUT if OUT.is_terminal else Console(width=max(OUT.width, 140))
+    wide.print(found.table())
+    if output is not None:
+        try:
+            found.save(output)
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written: {error.strerror}") from error

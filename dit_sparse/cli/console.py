@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands speak: results on stdout, progress and errors on stderr, one line per error."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dit_sparse.errors import DitSparseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.progress import Progress
+
+OUT = Console()
+ERR = Console(stderr=True)
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show where an error comes from (a traceback).")
+]
+
+
+class UserError(Exception):
+    """The request cannot be met; the message is for the person who made it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def say(text: str) -> None:
+    """Say one line on stderr, as it is."""
+    ERR.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """Make the progress display of everything that takes longer than a second."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=ERR,
+    )
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an expected error into one line and exit code 2, Ctrl-C into exit code 130.
+
+    Other exceptions are our mistakes and keep their traceback. A command that takes ``debug``
+    shows the traceback of expected errors too.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            say("Interrupted; the pipeline is detached, nothing was written.")
+            raise typer.Exit(130) from None
+        except (DitSparseError, UserError) as error:
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            line = "; ".join(part.strip() for part in str(error).splitlines() if part.strip())
+            ERR.print("error:", style="bold red", end=" ")
+            say(line)
+            raise typer.Exit(2) from None
+
+    return run

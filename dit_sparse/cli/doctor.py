@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse doctor``: what would run on this machine, and why each other kernel would not."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dit_sparse.cli.console import ERR, OUT, Debug
+
+if TYPE_CHECKING:
+    from dit_sparse.doctor import Device, Diagnosis, Kernel
+
+EXAMPLES = ("dit-sparse doctor", "dit-sparse doctor --json > machine.json")
+
+
+def run(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, for a bug report.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Say what would run on this machine; exit code 1 where something is wrong.
+
+    Each kernel that can run is checked against the reference on a small problem.
+    """
+    with ERR.status("looking around, checking kernels"):
+        from dit_sparse.doctor import diagnose
+
+        found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+    else:
+        _show(found)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+def _show(found: Diagnosis) -> None:
+    env = found.environment
+    OUT.print(
+        f"[bold]dit_sparse {env['dit_sparse']}[/], Python {env['python']}, {env['platform']}"
+    )
+    known = (f"{name} {version or '[dim]not installed[/]'}" for name, version in
+             env["packages"].items())  # fmt: skip
+    OUT.print(", ".join(known), highlight=False)
+    OUT.print(f"{env['cores']} cores, torch uses {env['torch_threads']} threads\n")
+    for device in found.devices:
+        chosen = device.chosen or "[red]none can run[/]"
+        OUT.print(
+            f"[bold]{device.name}[/] ({escape(device.description)}), {device.dtype}: "
+            f"would run [bold]{chosen}[/]",
+            highlight=False,
+        )
+        table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
+        for kernel in device.kernels:
+            table.add_row(kernel.name, _state(kernel, device))
+        OUT.print(table)
+        OUT.print()
+    OUT.print(f"[bold]models[/]      {', '.join(found.models)}", highlight=False)
+    OUT.print(f"[bold]strategies[/]  {', '.join(found.strategies) or 'none'}", highlight=False)
+    for problem in found.problems:
+        OUT.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False)
+    OUT.print("No problem found." if not found.problems else f"{len(found.problems)} found.")
+
+
+def _state(kernel: Kernel, device: Device) -> str:
+    if kernel.reasons:
+        return f"[dim]no:[/] {escape('; '.join(kernel.reasons))}"
+    if kernel.check is not None:
+        return f"[red]wrong:[/] {escape(kernel.check)}"
+    if kernel.by_name_only:
+        return "can run; only when asked for by name"
+    first = "would run" if kernel.name == device.chosen else "can run, another is preferred"
+    return f"[green]{first}[/]; agrees with the reference"

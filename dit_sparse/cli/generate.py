@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse generate``: one prompt, sparse and (on demand) dense, with the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dit_sparse.cli.console import Debug, UserError
+
+EXAMPLES = (
+    (
+        'dit-sparse generate samples/wan-tiny "a red circle moving right" '
+        "--strategy wan-tiny.radial -o out --compare-dense"
+    ),
+    (
+        'dit-sparse generate Wan-AI/Wan2.1-T2V-1.3B-Diffusers "a cat" --strategy radial '
+        "--set decay_factor=0.5 --set dense_warmup_steps=0.2 --frames 81 -o out"
+    ),
+)
+
+WHAT = {"rich_help_panel": "What to generate"}
+HOW = {"rich_help_panel": "How to run"}
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Diffusers pipeline, or its Hub id (owner/name).", show_default=False
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            help="A shipped strategy, the path or Hub id of one, or a method's name; "
+            "'dit-sparse methods' lists them.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the results: sparse.mp4 (.png for images), strip.png, result.json; "
+            "dense.mp4 with --compare-dense. Other files in it are left alone.",
+            show_default=False,
+        ),
+    ],
+    compare_dense: Annotated[
+        bool,
+        typer.Option(
+            "--compare-dense",
+            help="Run the model dense too, from the same seed, and compare time and quality.",
+        ),
+    ] = False,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one param of the strategy's method, or of its schedule; VALUE is JSON "
+            "or plain text. May be given several times.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Denoising steps.", show_default="the model's", **WHAT
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Frames of a video.", show_default="the model's", **WHAT
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Classifier-free guidance; above 1 most models run twice a step.",
+            show_default="the model's",
+            **WHAT,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to show.", show_default="the model's", **WHAT)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.", **WHAT)
+    ] = 0,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=240.0,
+            help="Frames per second of the mp4.",
+            show_default="the model's, or 16",
+            **WHAT,
+        ),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="auto: the GPU where there is one.", **HOW),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Precision of the model; auto: float32 on the CPU, bfloat16 on a GPU.", **HOW
+        ),
+    ] = "auto",
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention kernel to use; one that cannot run here is an error, no other is "
+            "tried. 'dit-sparse doctor' lists them.",
+            show_default="the best that can run",
+            **HOW,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop where a call would stay dense because its geometry or mask is not "
+            "understood.",
+            **HOW,
+        ),
+    ] = False,
+    probe: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=100_000,
+            help="Query rows per attention call on which recall is measured, in one more sparse "
+            "run; 0: no such run.",
+            **HOW,
+        ),
+    ] = 32,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Generate with sparse attention and say what it gained and cost.
+
+    The sparse run writes its clip, a strip of frames and result.json. With --compare-dense the
+    same seed runs dense too, and the receipt has the speed-up, PSNR and SSIM between the two.
+    """
+    from dit_sparse.cli.perform import Request, perform
+    from dit_sparse.cli.source import Settings
+
+    perform(
+        Request(
+            model=model,
+            prompt=prompt,
+            strategy=strategy,
+            output=output,
+            options=key_values(options or []),
+            settings=Settings(height, width, frames, steps, guidance_scale, negative_prompt),
+            compare_dense=compare_dense,
+            seed=seed,
+            fps=fps,
+            device=device,
+            dtype=dtype,
+            kernel=kernel,
+            strict=strict,
+            probe=probe,
+            threads=threads,
+            overwrite=overwrite,
+        )
+    )
+
+
+def key_values(pairs: list[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs: values are JSON where they are valid JSON, else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise UserError(f"--set {pair!r:.200}: wanted KEY=VALUE, as in decay_factor=0.5")
+        if key in found:
+            raise UserError(f"--set {key}: given twice")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found

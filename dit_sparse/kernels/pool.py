@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block means, and the scores of block pairs that they give (SpargeAttn's and VSA's selector)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from dit_sparse.kernels.chunks import (
+    block_of_slot,
+    budget,
+    head_parts,
+    of_heads,
+    scores,
+    segment_sums,
+    work_dtype,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.grid import BlockLayout
+
+
+def pool(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Average the tokens of each block; gradients flow back to them.
+
+    Args:
+        x: ``[batch, seq_len, heads, head_dim]``, any strides; slots are tokens.
+        layout: The blocks; tokens in no block (padding) count nowhere.
+
+    Returns:
+        fp32 ``[batch, heads, blocks, head_dim]`` (fp64 for fp64); 0 for a block without tokens.
+    """
+    total = _spread_sums(x, layout) if layout.spread else _listed_sums(x, layout)
+    return total / layout.lengths.clamp(min=1)[..., None]
+
+
+@torch.no_grad()
+def pooled_scores(
+    query: Tensor, key: Tensor, q: BlockLayout, kv: BlockLayout, scale: float
+) -> Tensor:
+    """Score block pairs by their mean query and mean key.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``; slots are tokens.
+        key: ``[batch, kv_seq_len, heads, head_dim]``.
+        q: Query blocks.
+        kv: Key blocks.
+        scale: Multiplies the scores.
+
+    Returns:
+        fp32 ``[batch, heads, q_blocks, kv_blocks]``, -inf for a key block without tokens. Their
+        softmax is a weight for each block; add ``kv.lengths.log()`` before it where a block
+        should count as many keys as it has.
+    """
+    score = scores(pool(query, q), pool(key, kv)) * scale
+    return score.float().masked_fill((kv.lengths == 0)[:, :, None], -torch.inf)
+
+
+def _spread_sums(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Sum blocks that start every ``max_length`` slots: views, no index."""
+    batch, _, heads, dim = x.shape
+    size = layout.max_length
+    work = work_dtype(x.dtype)
+    offset = torch.arange(size, device=x.device)
+    step = max(1, budget(x.device) // (batch * heads * size * dim * work.itemsize))
+    sums = []
+    for first in range(0, layout.blocks, step):
+        count = min(step, layout.blocks - first)
+        part = x[:, first * size : (first + count) * size]
+        short = count * size - part.shape[1]
+        if short:
+            part = torch.nn.functional.pad(part, (0, 0, 0, 0, 0, short))
+        part = part.unflatten(1, (count, size))  # [batch, count, size, heads, dim]
+        live = offset < layout.lengths[..., first : first + count, None]
+        live = live.permute(0, 2, 3, 1)[..., None]
+        sums.append(torch.where(live, part, 0).sum(2, dtype=work))
+    return torch.cat(sums, 1).transpose(1, 2)
+
+
+def _listed_sums(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Sum blocks of any starts and lengths, some heads at a time."""
+    batch, tokens, heads, dim = x.shape
+    block = block_of_slot(layout)
+    per_head = 2 * batch * tokens * dim * work_dtype(x.dtype).itemsize
+    sums = []
+    for part in head_parts(heads, per_head, x.device):
+        rows = x[:, :, part].transpose(1, 2)  # [batch, part, tokens, dim]
+        label = of_heads(block, part).expand(*rows.shape[:3])
+        total = segment_sums(rows.flatten(0, 1), label.flatten(0, 1), layout.blocks + 1)
+        sums.append(total.unflatten(0, rows.shape[:2])[:, :, :-1])
+    return torch.cat(sums, 1)

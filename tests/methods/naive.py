@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Naive answers in float64, one token at a time: what methods are held against."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_sparse.call import AttentionCall
+from dit_sparse.grid import LatentsGrid
+from tests.strategies import attention_inputs
+
+
+def token_mask(plan, batch: int, heads: int, queries: int, keys: int) -> torch.Tensor:
+    """Read a plan of whole blocks into bool ``[batch, heads, queries, keys]`` over tokens."""
+    assert plan.partial is None
+    mask = torch.zeros(batch, heads, queries, keys, dtype=torch.bool)
+
+    def pick(tensor, i_batch, i_head):
+        return tensor[min(i_batch, tensor.shape[0] - 1), min(i_head, tensor.shape[1] - 1)].tolist()
+
+    for b in range(batch):
+        for h in range(heads):
+            q_order = list(range(queries))
+            kv_order = list(range(keys))
+            if plan.q_permutation is not None:
+                q_order = pick(plan.q_permutation, b, h)
+                kv_order = pick(plan.kv_permutation, b, h)
+            q_blocks, kv_blocks = (
+                list(zip(pick(side.starts, b, h), pick(side.lengths, b, h), strict=True))
+                for side in (plan.q, plan.kv)
+            )
+            lists, counts = pick(plan.kv_indices, b, h), pick(plan.kv_num_blocks, b, h)
+            for (start, length), kept, count in zip(q_blocks, lists, counts, strict=True):
+                tokens = [
+                    kv_order[slot]
+                    for block in kept[:count]
+                    for slot in range(kv_blocks[block][0], sum(kv_blocks[block]))
+                ]
+                for slot in range(start, start + length):
+                    mask[b, h, q_order[slot], tokens] = True
+    return mask
+
+
+def masked_attention(query, key, value, mask, scale):
+    """Softmax over kept keys in float64: output and LSE."""
+    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(mask, (scores - lse[..., None]).exp(), 0.0)
+    return (weights @ v).transpose(1, 2), lse
+
+
+class NaiveOps:
+    """``Ops`` in float64, counting its calls."""
+
+    def __init__(self):
+        self.searches = 0
+
+    def attend(self, query, key, value, plan, scale):
+        mask = token_mask(plan, query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        return masked_attention(query, key, value, mask, scale)
+
+    def block_mass(self, query, key, lse, q, kv, scale):
+        self.searches += 1
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * scale
+        weights = (scores - lse.double()[..., None]).exp()
+        batch, heads = weights.shape[:2]
+        mass = torch.zeros(batch, heads, q.blocks, kv.blocks, dtype=torch.float64)
+        for b in range(batch):
+            for i in range(q.blocks):
+                for j in range(kv.blocks):
+                    rows, columns = _span(q, b, i), _span(kv, b, j)
+                    mass[b, :, i, j] = weights[b, :, rows, columns].sum((-1, -2))
+        return mass
+
+
+def _span(layout, i_batch, i_block):
+    i_batch = min(i_batch, layout.starts.shape[0] - 1)
+    start = int(layout.starts[i_batch, 0, i_block])
+    return slice(start, start + int(layout.lengths[i_batch, 0, i_block]))
+
+
+def make_call(grid: LatentsGrid, seed: int = 0, batch: int = 1, heads: int = 2, **fields):
+    """Make a call with random queries, keys and values (float64, head_dim 8)."""
+    query, key, value = attention_inputs(seed, batch, grid.tokens, heads, 8)
+    fields = {"heads": tuple(range(heads)), "scale": 8**-0.5} | fields
+    return AttentionCall(query=query, key=key, value=value, grid=grid, **fields)
+
+
+def run(method, call, ops):
+    """Take one call through a method's two moments; the plan, and the output (None: dense)."""
+    plan = method.plan(call, ops)
+    if plan is None:
+        return None, None
+    output, lse = ops.attend(call.query, call.key, call.value, plan, call.scale)
+    return plan, method.finish(call, output, lse, ops)

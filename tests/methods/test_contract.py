@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method owes: the same tests for each name in the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.grid import LatentsGrid
+from dit_sparse.methods import METHODS, method_class
+from dit_sparse.methods.params import build_method, param_names, params_of
+from dit_sparse.schedule import Schedule
+from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
+from tests.strategies import latents_grids, seeds, valid_text_lengths
+
+# Params under which a method keeps everything, and must then equal dense attention.
+KEEP_EVERYTHING = {
+    "adaspa": {"density": 1.0},
+    "dense": {},
+    "radial": {"form": "paper", "decay_factor": 1e9},
+}
+NUM_STEPS = 6
+names = st.sampled_from(sorted(METHODS))
+
+
+def smallest(name):
+    """Params that make a method's blocks small enough for these grids."""
+    return {"block_size": 4} if "block_size" in param_names(name) else {}
+
+
+@st.composite
+def generations(draw):
+    """Draw the calls of one layer over a whole run."""
+    text = draw(st.sampled_from([0, 0, 3, 6]))
+    size = draw(latents_grids.filter(lambda size: math.prod(size) <= 150))
+    grid = LatentsGrid(*size, text, draw(st.booleans()))
+    batch, heads, seed = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(seeds) % 10**6
+    valid = draw(valid_text_lengths(text, batch)) if text and draw(st.booleans()) else None
+    state, shared = {}, {}
+    return [
+        make_call(
+            grid,
+            seed + step,
+            batch,
+            heads,
+            step=step,
+            num_steps=NUM_STEPS,
+            state=state,
+            shared=shared,
+            text_valid=None if valid is None else torch.tensor(valid),
+        )
+        for step in range(NUM_STEPS)
+    ]
+
+
+def living(call):
+    """Keys that are not padding: bool ``[batch, 1, 1, tokens]``."""
+    mask = torch.ones(call.query.shape[0], call.grid.tokens, dtype=torch.bool)
+    if call.text_valid is not None:
+        place = torch.arange(call.grid.tokens) - call.grid.text_start
+        mask &= ~((place >= call.text_valid[:, None]) & (place < call.grid.text_length))
+    return mask[:, None, None]
+
+
+def test_every_method_says_how_it_keeps_everything():
+    assert set(KEEP_EVERYTHING) == set(METHODS), "add the new method's params to KEEP_EVERYTHING"
+
+
+@given(names, generations())
+def test_keeping_everything_is_dense(name, calls):
+    method = build_method(name, smallest(name) | KEEP_EVERYTHING[name])
+    ops = NaiveOps()
+    for call in calls:
+        plan, output = run(method, call, ops)
+        if plan is None:
+            continue
+        wanted, _ = masked_attention(call.query, call.key, call.value, living(call), call.scale)
+        torch.testing.assert_close(output, wanted)
+        torch.testing.assert_close(plan.density(), torch.ones_like(plan.density()))
+
+
+@given(names, generations())
+def test_plans_are_sound_on_any_grid(name, calls):
+    method = build_method(name, smallest(name))
+    ops = NaiveOps()
+    for call in calls:
+        plan, output = run(method, call, ops)
+        if plan is None:
+            continue
+        plan.validate()
+        batch, tokens, heads, _ = call.query.shape
+        assert plan.query_length == plan.key_length == tokens
+        assert plan.batch in {1, batch}
+        assert plan.heads in {1, heads}
+        density = plan.density()
+        assert bool(((density > 0) & (density <= 1)).all())
+        mask = token_mask(plan, batch, heads, tokens, tokens)
+        assert not (mask & ~living(call)).any()  # padding takes no part
+        span = slice(call.grid.text_start, call.grid.text_start + call.grid.text_length)
+        text = living(call)[..., span].expand(-1, heads, tokens, -1)
+        assert torch.equal(mask[..., span], text)  # text keys always
+        rows = living(call).expand_as(mask)[:, :, span]
+        assert torch.equal(mask[:, :, span], rows)  # and text queries
+        assert bool(mask.any(-1).all())
+        share = mask.sum((-1, -2)) / living(call).expand_as(mask).sum((-1, -2))
+        torch.testing.assert_close(density.expand(batch, heads), share.double())
+        assert bool(output.isfinite().all())
+
+
+@given(names, generations())
+def test_the_same_run_twice_is_the_same(name, calls):
+    method = build_method(name, smallest(name))
+
+    def outputs():
+        for call in calls:
+            call.state.clear()
+            call.shared.clear()
+        found = (run(method, call, NaiveOps())[1] for call in calls)
+        return [None if output is None else output.clone() for output in found]
+
+    for one, two in zip(outputs(), outputs(), strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_few_step_models(name, num_steps):
+    method = build_method(name, smallest(name))
+    state, shared = {}, {}
+    for step in range(num_steps):
+        call = make_call(
+            LatentsGrid(3, 4, 4), step=step, num_steps=num_steps, state=state, shared=shared
+        )
+        run(method, call, NaiveOps())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_is_frozen_hashable_data(name):
+    cls = method_class(name)
+    method = cls()
+    assert dataclasses.is_dataclass(cls)
+    assert not hasattr(method, "__dict__")
+    assert hash(method) == hash(cls())
+    assert isinstance(cls.summary, str)
+    assert "\n" not in cls.summary
+    assert not set(param_names(name)) & set(Schedule.model_fields)
+    for field in dataclasses.fields(cls):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, field.name, None)
+        assert f"{field.name}:" in cls.__doc__
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_params_travel_through_json(name):
+    for params in ({}, KEEP_EVERYTHING[name]):
+        method = build_method(name, params)
+        written = params_of(method)
+        assert tuple(written) == param_names(name)
+        assert build_method(name, json.loads(json.dumps(written))) == method
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("radial", {"decay_fact": 1}, "unknown key 'decay_fact' .did you mean 'decay_factor'"),
+        ("dense", {"x": 1}, "unknown key 'x'; dense takes: no params"),
+        ("radial", {"decay_factor": "1"}, "decay_factor: .* number, got '1'"),
+        ("radial", {"block_size": True}, "block_size: .* integer, got True"),
+        ("radial", {"block_size": 64.5}, "block_size: .* integer.*, got 64.5"),
+        ("radial", {"form": "x"}, "form: .*'paper' or 'released', got 'x'"),
+        ("radial", {"decay_factor": None}, "decay_factor: .* number, got None"),
+        ("radial", {"decay_factor": float("nan")}, "plain JSON"),
+        ("adaspa", {"search_steps": 0.1}, "search_steps: .*array, got 0.1"),
+        ("adaspa", {"search_steps": [0.1, "b"]}, "search_steps: .*number"),
+        ("adaspa", {"density": 7}, r"density must lie in \(0, 1\], got 7"),
+        ("radiall", {}, "unknown method 'radiall'; there are: adaspa, dense, radial"),
+    ],
+)  # fmt: skip
+def test_bad_params_name_the_key(name, params, message):
+    with pytest.raises(StrategyError, match=message):
+        build_method(name, params)
