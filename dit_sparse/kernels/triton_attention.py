@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels as ``backends.py`` knows them: can they run this call, and run it.
+
+``triton`` is imported when a kernel is needed, not before: it is absent on many machines.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_sparse.errors import KernelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.grid import BlockLayout
+    from dit_sparse.kernels.triton_target import Tiling
+    from dit_sparse.plan import BlockPlan
+
+HAS_BACKWARD = True
+WIDEST_HEAD = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST_TRITON = (3, 6)
+WIDEST_OFFSET = 2**31  # elements between the rows of one tile; within a tile addresses are 32-bit
+
+
+def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
+    """Say why these kernels cannot run the call, a reason a line; empty: they can.
+
+    Triton's interpreter is no reason for a call on the CPU: it is for tests, and a thousand times
+    slower than any other kernel. ``attend`` itself does run in it.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``; key and value are taken to be like it.
+        plan: What to compute.
+    """
+    reasons = []
+    if query.device.type != "cuda":
+        reasons.append(f"needs a CUDA or ROCm device, the query is on {query.device}")
+    if plan.device != query.device:
+        reasons.append(f"the plan is on {plan.device}, the query on {query.device}")
+    return reasons + _reasons_against_tensor(query)
+
+
+def _reasons_against_tensor(query: Tensor) -> list[str]:
+    try:
+        import triton
+    except ImportError:
+        return ["triton is not installed: pip install triton (Linux, NVIDIA or AMD GPU)"]
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        return [f"needs triton >= {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}, got {triton.__version__}"]
+    reasons = []
+    if query.dtype not in DTYPES:
+        reasons.append(f"computes float16, bfloat16 and float32, got {query.dtype}")
+    if query.dtype == torch.bfloat16 and is_interpreted():
+        reasons.append("Triton's interpreter computes bfloat16 wrongly (triton issue 11584)")
+    if query.shape[-1] > WIDEST_HEAD:
+        reasons.append(f"head_dim must be at most {WIDEST_HEAD}, got {query.shape[-1]}")
+    if max(query.stride(1) * 128, query.stride(3) * query.shape[-1]) >= WIDEST_OFFSET:
+        reasons.append(f"strides reach beyond 32 bits within a tile: {query.stride()}")
+    if max(query.shape[0], query.shape[2]) > 65_535:
+        reasons.append(f"at most 65535 samples and heads, got {tuple(query.shape)}")
+    return reasons
+
+
+def is_interpreted() -> bool:
+    """Tell whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` at import)."""
+    import triton
+
+    from dit_sparse.kernels import triton_forward
+
+    return not isinstance(triton_forward.attend_fwd_kernel, triton.JITFunction)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend each query token to the key tokens that the plan keeps; differentiable.
+
+    Softmax over kept keys only: ``S = scale * Q K^T + log_weight``, ``O = exp(S - LSE) V``.
+    Scores and sums are float32 whatever the dtype.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``, any strides.
+        key: ``[batch, kv_seq_len, heads, head_dim]``, any strides.
+        value: Like ``key``.
+        plan: Which keys each query reads.
+        scale: Multiplies the scores before softmax.
+        tiling: Tile sizes; chosen by the device where None.
+
+    Returns:
+        Output, shaped and typed like ``query``; LSE ``[batch, heads, seq_len]``, float32, natural
+        log. A query with nothing kept gives 0 and -inf.
+    """
+    _check_call(query, key, value, plan)
+    from dit_sparse.kernels.triton_target import forward_tiling, target_of
+
+    query, scale = _positive_scale(query, scale)
+    if tiling is None:
+        tiling = forward_tiling(
+            target_of(query.device), *_shape_of(query, plan.q, plan.kv), plain=is_plain(plan)
+        )
+    result: tuple[Tensor, Tensor] = _Attend.apply(query, key, value, plan, scale, tiling)
+    return result
+
+
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    tilings: tuple[Tiling, Tiling] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of query, key and value, as ``register_autograd`` wants them.
+
+    Args:
+        query: As given to ``attend``; also ``key``, ``value``, ``plan``, ``scale``.
+        key: See ``query``.
+        value: See ``query``.
+        output: As ``attend`` returned it.
+        lse: As ``attend`` returned it.
+        grad_output: Gradient of ``output``.
+        grad_lse: Gradient of ``lse``; zeros where nothing used it.
+        plan: See ``query``.
+        scale: See ``query``.
+        tilings: Of the query and the key kernel; chosen by the device where None.
+    """
+    _check_call(query, key, value, plan)
+    from dit_sparse.kernels.triton_backward import backward
+    from dit_sparse.kernels.triton_target import backward_tilings, target_of
+
+    signed, scale_ = _positive_scale(query, scale)
+    if tilings is None:
+        tilings = backward_tilings(target_of(query.device), *_shape_of(query, plan.q, plan.kv))
+    grads = backward(signed, key, value, output, lse, grad_output, grad_lse, plan, scale_, tilings)
+    if scale > 0:
+        return grads
+    return grads[0].neg() if scale < 0 else torch.zeros_like(query), grads[1], grads[2]
+
+
+class _Attend(torch.autograd.Function):
+    """``forward`` with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        tiling: Tiling,
+    ) -> tuple[Tensor, Tensor]:
+        from dit_sparse.kernels import triton_forward, triton_hopper
+
+        kernel = triton_hopper if tiling.copy_engine else triton_forward
+        output, lse = kernel.forward(query, key, value, plan, scale, tiling)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return output, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        result = attend_backward(
+            query, key, value, output, lse, grad_output, grad_lse, ctx.plan, ctx.scale
+        )
+        return (*result, None, None, None)
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    q: BlockLayout,
+    kv: BlockLayout,
+    scale: float,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Sum ``exp(score - lse)`` over each block pair, in one pass over the keys.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``, any strides; slots are tokens.
+        key: ``[batch, kv_seq_len, heads, head_dim]``, any strides.
+        lse: Of the dense attention, fp32 ``[batch, heads, seq_len]``; -inf: the row counts 0.
+        q: Query blocks.
+        kv: Key blocks; keys in no block count nowhere.
+        scale: Multiplies the scores.
+        tiling: Tile sizes; chosen by the device where None.
+
+    Returns:
+        fp32 ``[batch, heads, q_blocks, kv_blocks]``; without dropped keys a row of it sums to
+        the number of its query tokens.
+    """
+    _check_tensors(query, (("key", key, kv.slots),))
+    if lse.dtype != torch.float32 or lse.shape != (query.shape[0], *query.shape[2:0:-1]):
+        raise KernelError(
+            f"lse must be float32 [batch, heads, seq_len], got {lse.dtype} {tuple(lse.shape)}"
+        )
+    from dit_sparse.kernels.triton_launch import packed
+    from dit_sparse.kernels.triton_mass import block_mass as compute
+    from dit_sparse.kernels.triton_target import mass_tiling, target_of
+
+    query, scale = _positive_scale(query, scale)
+    if tiling is None:
+        tiling = mass_tiling(target_of(query.device), *_shape_of(query, q, kv))
+    return compute(query, key, packed(lse), q, kv, scale, tiling)
+
+
+def is_plain(plan: BlockPlan) -> bool:
+    """Tell whether a plan is block lists and nothing else."""
+    extras = (plan.partial, plan.q_permutation, plan.kv_permutation, plan.kv_log_weight)
+    return all(extra is None for extra in extras)
+
+
+def _shape_of(query: Tensor, q: BlockLayout, kv: BlockLayout) -> tuple[torch.dtype, int, int, int]:
+    return query.dtype, query.shape[-1], q.max_length, kv.max_length
+
+
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Move sign or zero of ``scale`` into the query: the kernels scale a maximum of raw scores."""
+    if scale > 0:
+        return query, scale
+    return (query.neg(), -scale) if scale < 0 else (query * 0, 1.0)
+
+
+def _check_tensors(query: Tensor, others: tuple[tuple[str, Tensor, int], ...]) -> None:
+    reasons = _reasons_against_tensor(query)
+    if query.device.type != "cuda" and not is_interpreted():
+        reasons.append(f"needs a CUDA or ROCm device, the query is on {query.device}")
+    if reasons:
+        raise KernelError("triton cannot run this call:\n" + "\n".join(reasons))
+    batch, _, heads, head_dim = query.shape
+    for name, tensor, tokens in others:
+        wanted = (batch, tokens, heads, head_dim)
+        if tuple(tensor.shape) != wanted:
+            raise KernelError(f"{name} must be {wanted}, got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise KernelError(
+                f"{name} must be {query.dtype} on {query.device} like query, got {tensor.dtype} "
+                f"on {tensor.device}"
+            )
+        if max(tensor.stride(1) * 128, tensor.stride(3) * head_dim) >= WIDEST_OFFSET:
+            raise KernelError(f"{name}: strides reach beyond 32 bits: {tensor.stride()}")
+
+
+def _check_call(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> None:
+    """Raise ``KernelError`` where the call is not one that the kernels take."""
+    _check_tensors(query, (("key", key, plan.key_length), ("value", value, plan.key_length)))
+    if plan.device != query.device:
+        raise KernelError(f"the plan is on {plan.device}, the query on {query.device}")
+    if query.shape[1] != plan.query_length:
+        raise KernelError(f"plan is for {plan.query_length} query tokens, got {query.shape[1]}")
+    for name, mine, called in (
+        ("samples", plan.batch, query.shape[0]),
+        ("heads", plan.heads, query.shape[2]),
+    ):
+        if mine not in {1, called}:
+            raise KernelError(f"plan is for {mine} {name}, query has {called}")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes and launch options for each kind of GPU.
+
+What a compiler says without a GPU (registers, spills, shared memory: ``docs/benchmarks/aot.json``)
+rules options out; which of the rest is fastest is a question for a GPU, so every launcher takes a
+``Tiling`` and a sweep needs no change here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from dit_sparse.grid import BlockLayout
+
+# Bytes of shared memory (LDS on AMD) that one program may have.
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SMALLEST_TILE = 16  # tl.dot takes no smaller one
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Rows and columns of a tile, and how a program is run.
+
+    Args:
+        block_m: Query rows of a tile, a power of two >= 16.
+        block_n: Key columns of a tile, likewise.
+        warps: Warps per program.
+        stages: Depth of the software pipeline; 1 = none.
+        copy_engine: Use the Hopper kernel (``triton_hopper.py``) instead of the pointer kernel.
+        specialize: There, split warps into loading and computing ones.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int = 4
+    stages: int = 2
+    copy_engine: bool = False
+    specialize: bool = False
+
+
+def target_of(device: torch.device) -> str:
+    """Name the kind of GPU: "sm_80", "sm_90", "sm_100", "gfx942"; "sm_80" for any older or CPU."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    # 12 is Blackwell's desktop part: Ampere's instructions and 99 KiB of shared memory.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return ``input_precision`` of ``tl.dot``: float32 is computed as such, not as TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def fit(block: int, longest: int) -> int:
+    """Shrink a tile to blocks that are shorter than it."""
+    while block > SMALLEST_TILE and block // 2 >= longest:
+        block //= 2
+    return block
+
+
+def rows_for(block: int, longest: int) -> int:
+    """Choose the tile height that wastes fewest rows on blocks of ``longest``."""
+    block = fit(block, longest)
+    half = block // 2
+    wasted = {size: -longest % size for size in (block, half) if size >= 64 or size == block}
+    return min(wasted, key=lambda size: (wasted[size], -size))
+
+
+def forward_tiling(
+    target: str, dtype: torch.dtype, head_dim: int, q_max: int, kv_max: int, *, plain: bool = True
+) -> Tiling:
+    """Choose the forward kernel's tiling.
+
+    Args:
+        target: See ``target_of``.
+        dtype: Of query, key and value.
+        head_dim: Columns.
+        q_max: Longest query block.
+        kv_max: Longest key block.
+        plain: No permutation, bit tiles or weights, which take registers.
+    """
+    wide = head_dim > 64
+    if dtype == torch.float32:
+        tiling = Tiling(32, 32, 4, 2) if wide else Tiling(64, 32, 8, 2)
+        tiling = Tiling(16, 32, 4, 1) if head_dim > 128 else tiling
+        if target == "gfx942":
+            tiling = Tiling(tiling.block_m, 32, 4, 1)
+    elif target == "gfx942":
+        tiling = Tiling(64 if head_dim > 128 else 128, 64, 4, 1)
+    elif target == "sm_80":
+        tiling = Tiling(64 if head_dim > 128 else 128, 64, 8 if wide else 4, 2)
+    elif target == "sm_90":
+        tiling = Tiling(128, 128 if plain and head_dim <= 128 else 64, 8, 2)
+    else:
+        tiling = Tiling(128, 64 if wide else 128, 8, 2)
+    block_m, block_n = rows_for(tiling.block_m, q_max), fit(tiling.block_n, kv_max)
+    warps = tiling.warps
+    if block_m < tiling.block_m:  # fewer rows, fewer warps: 4 share 64 rows
+        warps = 4
+        block_n = min(block_n, 64)
+    return Tiling(block_m, block_n, warps, tiling.stages)
+
+
+def backward_tilings(
+    target: str, dtype: torch.dtype, head_dim: int, q_max: int, kv_max: int, *, plain: bool = True
+) -> tuple[Tiling, Tiling]:
+    """Choose the tilings of the query kernel and of the key kernel of the backward pass.
+
+    Each owns one tile and walks the other side; see ``forward_tiling`` for the arguments.
+    """
+    if dtype == torch.float32:
+        own, other, warps = (32, 32, 4) if head_dim > 64 else (64, 32, 8)
+    elif head_dim > 128:
+        own, other, warps = (64, 32, 4) if target == "gfx942" else (64, 32, 8)
+    elif target in {"sm_90", "sm_100"}:
+        own, other, warps = 128, 64 if plain or head_dim <= 64 else 32, 8
+    else:
+        own, other, warps = (64, 64, 4) if plain and head_dim <= 64 else (64, 32, 4)
+    stages = 1 if target == "gfx942" or head_dim > 128 else 2
+    return (
+        Tiling(rows_for(own, q_max), fit(other, kv_max), warps, stages),
+        Tiling(fit(other, q_max), rows_for(own, kv_max), warps, stages),
+    )
+
+
+def mass_tiling(target: str, dtype: torch.dtype, head_dim: int, q_max: int, kv_max: int) -> Tiling:
+    """Choose the tiling of the block mass kernel; see ``forward_tiling`` for the arguments."""
+    return forward_tiling(target, dtype, head_dim, q_max, kv_max, plain=False)
+
+
+def repair_tiling(tiling: Tiling) -> Tiling:
+    """Return small tiles for the second pass over outputs that are not finite: it is rare."""
+    return Tiling(min(32, tiling.block_m), min(32, tiling.block_n), 4, 1)
+
+
+def walk_chunks(layout: BlockLayout, block: int) -> int:
+    """Return how many tiles every block of a walk takes; 0 = as many as its own length needs."""
+    chunks = -(-layout.max_length // block)
+    return chunks if chunks <= 2 or layout.spread else 0

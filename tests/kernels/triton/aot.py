@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the Triton kernels for GPUs that are not there, and read what came out.
+
+The launches come from the package's own launchers, so tile sizes, strides and constants are those
+of a real call; pointers are taken to be 16-byte aligned, as torch's are. A cubin is disassembled
+for its instructions; registers and spills are what ptxas (LLVM on AMD) reports.
+
+    TRITON_INTERPRET=0 python tests/kernels/triton/aot.py write      docs/benchmarks/aot.json
+    TRITON_INTERPRET=0 python tests/kernels/triton/aot.py NAME ...   these rows, as JSON
+    TRITON_INTERPRET=0 python tests/kernels/triton/aot.py all        every row, as JSON
+
+A row's name is ``kernel/plan/dtype/head_dim/block/target``. Plans: ``spread`` (block lists of
+equal blocks), ``uneven`` (other starts), ``full`` (permutations and bit tiles too).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dit_sparse.grid import BlockLayout
+from dit_sparse.kernels import triton_target as choose
+from dit_sparse.kernels.triton_attention import is_plain
+from dit_sparse.kernels.triton_backward import backward_launches
+from dit_sparse.kernels.triton_forward import forward_launch
+from dit_sparse.kernels.triton_hopper import hopper_launch, hopper_tiling
+from dit_sparse.kernels.triton_mass import block_mass_launch
+from dit_sparse.plan import BlockPlan
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TABLE = Path(__file__).parents[3] / "docs" / "benchmarks" / "aot.json"
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTER = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def source_of(launch):
+    """Specialise a launch's arguments as Triton's own launcher would."""
+    names = launch.kernel.arg_names
+    constant = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+
+    def describe(value, path):
+        if value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTER[value.dtype]
+        if isinstance(value, tuple):
+            return tuple(describe(part, (*path, i)) for i, part in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, name in enumerate(names):
+        value = launch.arguments[name]
+        if name in constant:
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[name] = describe(value, (i,))
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compile_launch(launch, target):
+    """Compile one launch; returns the row of the table."""
+    compiled = triton.compile(
+        source_of(launch),
+        target=TARGETS[target],
+        options=launch.options,
+    )
+    row = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    read = read_amd if target.startswith("gfx") else read_nvidia
+    return row | read(compiled.asm)
+
+
+def read_amd(asm):
+    """Registers, spills and matrix instructions of an AMD kernel."""
+    text = asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:?\s+(\d+)", text)[1])
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": 4 * field("vgpr_spill_count"),  # those of SGPRs go to spare VGPR lanes
+        "mfma": len(re.findall(r"\bv_mfma", text)),
+    }
+
+
+def read_nvidia(asm):
+    """Registers, spill bytes and tensor-core instructions of an NVIDIA kernel."""
+    ptx = asm["ptx"]
+    arch = re.search(r"\.target\s+(\w+)", ptx)[1]
+    newer = float(re.search(r"\.version\s+([\d.]+)", ptx)[1]) >= 9
+    ptxas = BIN / ("ptxas-blackwell" if newer or arch.startswith("sm_1") else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        sass = subprocess.run(
+            [BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spills": int(stores) + int(loads),
+        "mma": len(re.findall(r"\bHMMA", sass)),
+        "wgmma": len(re.findall(r"\bHGMMA", sass)),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "cp_async": len(re.findall(r"\bLDGSTS", sass)),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "setmaxnreg": ptx.count("setmaxnreg"),
+        "serialized": "serializ" in said.lower(),
+    }
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (64, 72, 128)  # in every combination; the others with plain plans only
+MORE_HEAD_DIMS = (16, 32, 48, 80, 96, 256)
+
+
+def names():
+    """Name every row of the table."""
+    found = []
+    for target in TARGETS:
+        for head_dim in HEAD_DIMS:
+            for plan in ("spread", "uneven", "full"):
+                found += [f"forward/{plan}/bf16/{head_dim}/128/{target}"]
+            found += [f"forward/uneven/bf16/{head_dim}/64/{target}"]
+            found += [f"forward/uneven/fp32/{head_dim}/128/{target}"]
+            for kernel in ("backward_query", "backward_key"):
+                found += [f"{kernel}/{plan}/bf16/{head_dim}/128/{target}" for plan in PLANS[1:]]
+            found += [f"mass/spread/bf16/{head_dim}/128/{target}"]
+        found += [f"forward/uneven/bf16/{d}/128/{target}" for d in MORE_HEAD_DIMS]
+        found += [f"forward/uneven/fp32/256/128/{target}"]
+        if target == "sm_90":
+            for kernel in ("hopper", "hopper_specialized"):
+                found += [
+                    f"{kernel}/uneven/bf16/{d}/{b}/sm_90" for d in (64, 128) for b in (64, 128)
+                ]
+                found += [f"{kernel}/spread/bf16/{d}/128/sm_90" for d in (64, 128)]
+        found += [f"backward_key/uneven/bf16/256/128/{target}"]
+    return found
+
+
+PLANS = ("spread", "uneven", "full")
+
+
+def plan_for(kind, block):
+    """Make a plan that uses what ``kind`` says."""
+    tail = [] if kind == "spread" else [1]
+    layout = BlockLayout.from_lengths([*tail, block, block, block])
+    plan = BlockPlan.full(layout, layout)
+    if kind != "full":
+        return plan
+    words = -(-block // 32)
+    return replace(
+        plan,
+        partial=torch.zeros_like(plan.kv_indices),
+        tiles=torch.zeros(1, block, words, dtype=torch.int32),
+        q_permutation=torch.arange(layout.slots)[None, None],
+        kv_permutation=torch.arange(layout.slots)[None, None],
+    )
+
+
+def launch_for(name):
+    """Make the launch that a row's name stands for, on empty tensors."""
+    kernel, kind, dtype, head_dim, block, target = name.split("/")
+    plan = plan_for(kind, int(block))
+    layout = plan.q
+    tensors = [
+        torch.empty(2, layout.slots, 3, int(head_dim), dtype=DTYPES[dtype]) for _ in range(8)
+    ]
+    lse = torch.empty(2, 3, layout.slots)
+    shape = (target, DTYPES[dtype], int(head_dim), int(block), int(block))
+    if kernel == "forward":
+        tiling = choose.forward_tiling(*shape, plain=is_plain(plan))
+        return forward_launch(*tensors[:4], lse, plan, 0.1, tiling)
+    if kernel.startswith("hopper"):
+        specialize = kernel == "hopper_specialized"
+        tiling = hopper_tiling(*shape[2:], specialize=specialize)
+        return hopper_launch(*tensors[:4], lse, plan, 0.1, tiling)
+    if kernel == "mass":
+        mass = torch.empty(2, 3, layout.blocks, 1, layout.blocks)
+        tiling = choose.mass_tiling(*shape)
+        return block_mass_launch(*tensors[:2], lse, mass, plan.q, plan.kv, 0.1, tiling)
+    launches = backward_launches(
+        *tensors[:4], lse, tensors[4], lse, tuple(tensors[5:]), plan, 0.1,
+        *choose.backward_tilings(*shape, plain=is_plain(plan)),
+    )  # fmt: skip
+    return launches[("delta", "backward_query", "backward_key").index(kernel)]
+
+
+def row(name):
+    """Compile one row; a failure is a row too."""
+    launch = launch_for(name)
+    sizes = {key: launch.arguments[key] for key in ("BLOCK_M", "BLOCK_N")}
+    head = {"tile": f"{sizes['BLOCK_M']}x{sizes['BLOCK_N']}", "stages": launch.stages}
+    try:
+        return head | compile_launch(launch, name.rsplit("/", 1)[1])
+    except Exception as error:  # noqa: BLE001  (compilers fail in many ways: the row says how)
+        return head | {"failed": f"{type(error).__name__}: {str(error).strip()[-200:]}"}
+
+
+def main(wanted):
+    """Print or write rows."""
+    chosen = names() if wanted in (["write"], ["all"]) else wanted
+    table = {}
+    for name in chosen:
+        table[name] = row(name)
+        sys.stderr.write(f"{name} {table[name]}\n")
+    if wanted != ["write"]:
+        sys.stdout.write(json.dumps(table))
+        return
+    lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in table.items()]
+    head = {"triton": triton.__version__, "command": "python tests/kernels/triton/aot.py write"}
+    body = json.dumps(head, indent=2)[:-2] + ',\n  "rows": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text(body)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
