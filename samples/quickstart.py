@@ -25,7 +25,7 @@ def main() -> None:
         return torch.as_tensor(call.frames[0])
 
     dense = clip()
-    pipe.enable_sparse_attention("wan-tiny.radial", probe=32)
+    pipe.enable_sparse_attention("wan-tiny.adaspa", probe=32)
     sparse = clip()
     print(pipe.sparse_attention.report())
     pipe.disable_sparse_attention()
