@@ -29,7 +29,7 @@ help:
 
 demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
-		--strategy wan-tiny.adaspa -o outputs/demo --compare-dense --overwrite
+		--strategy wan-tiny.adaspa -o outputs/demo --compare-dense --overwrite --threads 1
 
 # --dist loadfile: a file's models and fixtures are built in one process.
 test: $(VENV)/.dev

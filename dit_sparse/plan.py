@@ -231,7 +231,7 @@ class BlockPlan:
         entry = torch.arange(index.shape[-1], device=self.device)
         live = entry < counts[..., None]
         size = lengths.gather(-1, index.flatten(2).long()).view_as(index) * live
-        if partial is None or self.tiles is None:
+        if partial is None or self.tiles is None or not len(self.tiles):
             return (size.sum(-1) * queries).sum(-1)
         # A tile may reach past a short block: its bits there are 0 by construction.
         bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).double()

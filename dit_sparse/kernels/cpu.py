@@ -44,7 +44,7 @@ __all__ = ["HAS_BACKWARD", "attend", "attend_backward", "block_mass", "reasons_a
 HAS_BACKWARD = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAID_OUT = 32 << 20  # bytes of one head's keys and values in the plan's order, at most
-GATHERED = 16 << 20  # bytes of gathered keys and values, over all workers
+GATHERED = 8 << 20  # bytes of gathered keys and values, over all workers
 FEWEST_KEYS = 256  # but at least so many keys
 Q_ROWS = 1024  # queries in one call at most, where they are gathered
 BIG_CALL = 768  # from here on the fused call cuts queries into its largest pieces, of 256
@@ -136,9 +136,10 @@ class _Call:
         with ExitStack() as stack:
             pool = None
             if workers > 1:
-                # A worker's setting is its own, but it is also what later threads start with:
-                # set back once the last worker has ended.
+                # Set back once the last worker has ended. This thread's own goes down to 1 too:
+                # after a thread-parallel copy the idle threads spin, against the workers.
                 stack.callback(torch.set_num_threads, self.threads)
+                torch.set_num_threads(1)
                 pool = stack.enter_context(
                     ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
                 )
@@ -180,7 +181,7 @@ class _Head:
         """Compute all rows of this head."""
         waiting: list[Row] = []
         for row in rows:
-            if self.call.plain and row.queries >= BIG_CALL * self.workers and self._is_view(row):
+            if pool is None and row.queries >= BIG_CALL and self._is_view(row):
                 self._attend_big(row)
             else:
                 waiting += cut_row(row, Q_ROWS)
@@ -200,10 +201,11 @@ class _Head:
             queue.clear()  # one failed, or the user stopped it: the others end soon
 
     def _is_view(self, row: Row) -> bool:
-        return len(row.q) == 1 and len(row.kv) == 1 and not row.partial
+        one = len(row.q) == 1 and len(row.kv) == 1 and not row.partial
+        return one and self.call.plain
 
     def _attend_big(self, row: Row) -> None:
-        """Attend many queries to one run of keys, on all threads, nothing copied."""
+        """Attend many queries to one run of keys, nothing copied."""
         (start, stop), (first, last) = row.q[0], row.kv[0]
         k, v = (x[None, None, first:last] for x in (self.k, self.v))
         step = max(256, GATHERED // self.row_bytes // 256 * 256)

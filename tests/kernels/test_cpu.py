@@ -4,6 +4,7 @@
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,7 +161,46 @@ def test_a_short_last_block_is_gathered():
     layout = BlockLayout.from_lengths([16, 16, 16, 7])
     mask = torch.tensor([[True, False, True, True], [True, True, False, True]] * 2)
     plan = BlockPlan.from_block_mask(mask[None, None], layout, layout)
-    tensors = inputs_for(plan, 2, 3, 8, 0, torch.float32)
+    tensors = inputs_for(plan, 2, 1, 8, 0, torch.float32)  # one head: whole blocks are gathered
+    output, lse = cpu.attend(*tensors, plan, 0.3)
+    assert compare(*tensors, plan, 0.3, output, lse) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("keys", [1, 3, 15, 16, 40])
+def test_what_is_not_finite_is_not_lost_as_torch_loses_it(dtype, bad, keys):
+    plan = BlockPlan.full(BlockLayout.from_lengths([5]), BlockLayout.from_lengths([keys]))
+    query, key, value = inputs_for(plan, 1, 2, 8, 0, dtype)
+    key[:, keys // 2] = bad
+    output, _ = cpu.attend(query.abs(), key, value, plan, 0.3)
+    assert output.isnan().all()
+    if math.isnan(bad):
+        output, _ = cpu.attend(query, torch.full_like(key, bad), value, plan, 0.3)
+        assert output.isnan().all()
+
+
+def test_what_a_key_holds_that_counts_zero_times_does_not_matter():
+    layout = BlockLayout.from_lengths([16, 16])
+    weight = torch.zeros(1, 1, 32)
+    weight[..., [3, 20]] = -math.inf
+    plan = replace(BlockPlan.full(layout, layout), kv_log_weight=weight)
+    tensors = inputs_for(plan, 1, 2, 8, 0, torch.float32)
+    wanted, _ = cpu.attend(*tensors, plan, 0.3)
+    for x in tensors[1:]:
+        x[:, [3, 20]] = math.nan
+    output, lse = cpu.attend(*tensors, plan, 0.3)
+    assert torch.equal(output, wanted)
+    assert lse.isfinite().all()
+
+
+def test_a_row_with_a_partial_block_is_joined_to_no_other():
+    layout = BlockLayout.from_lengths([16, 16])
+    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    mask[..., :16] = True
+    mask[..., 20:, 16:20] = True
+    plan = BlockPlan.from_token_mask(mask, layout, layout)
+    tensors = inputs_for(plan, 1, 1, 8, 0, torch.float32)
     output, lse = cpu.attend(*tensors, plan, 0.3)
     assert compare(*tensors, plan, 0.3, output, lse) is None
 

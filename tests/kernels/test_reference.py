@@ -102,6 +102,16 @@ def test_rows_in_pieces_equal_rows_at_once(monkeypatch):
         torch.testing.assert_close(got, wanted)
 
 
+def test_tiles_wider_than_a_word_equal_loops():
+    q, kv = BlockLayout.from_lengths([3, 2]), BlockLayout.from_lengths([70, 33])
+    plan = BlockPlan.from_token_mask(torch.rand(1, 2, 5, 103) < 0.5, q, kv)
+    tensors = inputs_for(plan, 1, 2, 3, 0, torch.float64)
+    for got, wanted in zip(
+        reference.attend(*tensors, plan, 0.3), attend_in_loops(*tensors, plan, 0.3), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["key", "value"])
 def test_nan_reaches_exactly_the_queries_that_keep_it(bad, which):
