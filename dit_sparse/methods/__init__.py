@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, str] = {
     "adaspa": "adaspa:AdaSpa",
+    "blade": "blade:Blade",
     "dense": "dense:Dense",
+    "pooled": "pooled:Pooled",
     "radial": "radial:Radial",
+    "rettention": "rettention:Rettention",
+    "sparsed": "sparsed:SparseD",
+    "xattention": "xattention:XAttention",
 }
 
 

@@ -7,6 +7,7 @@ import torch
 
 from dit_sparse.call import AttentionCall
 from dit_sparse.grid import LatentsGrid
+from dit_sparse.kernels.planning import Planning
 from tests.strategies import attention_inputs
 
 
@@ -50,7 +51,7 @@ def masked_attention(query, key, value, mask, scale):
     return (weights @ v).transpose(1, 2), lse
 
 
-class NaiveOps:
+class NaiveOps(Planning):
     """``Ops`` in float64, counting its calls."""
 
     def __init__(self):

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLADE's adaptive block-sparse attention: ASA, and with pooled keys ASA_G.
+
+Source: Gu et al. 2025, "Video-BLADE: Block-Sparse Attention Meets Step Distillation for Efficient
+Video Generation", arXiv:2508.10774. Where paper and released code differ, both are offered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.grid import BlockLayout, cut
+from dit_sparse.methods.gilbert import gilbert_order
+from dit_sparse.methods.lists import (
+    check_block_size,
+    check_refresh,
+    check_share,
+    reused_plan,
+    video_blocks,
+)
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.call import AttentionCall, Ops
+
+_SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
+_SEEDS = 2**61  # the draw doubles it, and a generator takes 64 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Blade:
+    """Order the video along a Hilbert curve, keep the blocks that sampled tokens look at most.
+
+    Tokens stand along a generalised Hilbert curve through frames, rows and columns. ``samples``
+    tokens of each block are drawn; a block pair scores the largest weight among its drawn queries
+    and keys. Each row keeps the fewest blocks whose scores reach ``threshold`` of the row's, but
+    no fewer than ``floor`` and no more than ``density`` of the video's blocks: the published
+    settings act as a plain top-k of ``density``. (The released code stops one block short of the
+    threshold.)
+
+    ASA_G (``pooled`` above 0): all video queries also read the means of n = ``pooled`` keys and
+    values that follow each other on the curve, each counting as n keys by + ln n: the two results
+    are merged by their log-sum-exps in fp32. Kept keys so count twice, as in the released code.
+    The plan's density does not count the pooled keys; they add 1 / n.
+
+    Text queries and text keys are kept whole and never pooled; padding takes no part. Samples,
+    heads and CFG branches choose apart; the draw depends on seed, layer, step and head alone.
+
+    Args:
+        density: Largest share of video key blocks that a row keeps, in (0, 1]; rounded down, one
+            at least. BLADE has 0.17 (Wan) and 0.1 (CogVideoX). Higher is closer to dense.
+        threshold: Share of a row's scores to hold, in (0, 1]; BLADE has 0.95. 1 is plain top-k.
+        floor: Smallest share of video key blocks that a row keeps, in [0, density].
+        samples: Tokens drawn of each block, >= 1; the code has 32, the paper 16. More is truer
+            and costs its square.
+        form: "code", which the released weights were trained with: exp(score - the query's best
+            score). "paper": softmax weight among the drawn keys.
+        pooled: Tokens in a pooled key, 0 for none (ASA); BLADE has 30 (Wan) and 15 (CogVideoX)
+            for its distilled models. Larger is cheaper and coarser.
+        seed: For the draw, from 0.
+        refresh: Steps for which a choice lives, >= 1; BLADE chooses on every step.
+        block_size: Tokens in a block, 1 to 1024; BLADE has 128.
+    """
+
+    summary: ClassVar[str] = (
+        "dynamic: Hilbert-ordered blocks by the largest sampled weight, pooled keys on request "
+        "(BLADE's ASA and ASA_G, 2508.10774)"
+    )
+
+    density: float = 0.17
+    threshold: float = 0.95
+    floor: float = 0.05
+    samples: int = 32
+    form: Literal["code", "paper"] = "code"
+    pooled: int = 0
+    seed: int = 0
+    refresh: int = 1
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_share("density", self.density, zero=False, hint=0.17)
+        check_share("threshold", self.threshold, zero=False, hint=0.95)
+        if not 0 <= self.floor <= self.density:
+            raise StrategyError(
+                f"floor must lie in [0, density = {self.density}], got {self.floor}; try 0"
+            )
+        if self.samples < 1:
+            raise StrategyError(f"samples must be at least 1, got {self.samples}; try 32")
+        if self.form not in {"code", "paper"}:
+            raise StrategyError(f"form must be 'code' or 'paper', got {self.form!r}")
+        if self.pooled < 0:
+            raise StrategyError(f"pooled must be a token count from 0, got {self.pooled}; try 30")
+        if not 0 <= self.seed < 2**31:
+            raise StrategyError(f"seed must lie in [0, 2 ** 31), got {self.seed}")
+        check_refresh(self.refresh)
+        check_block_size(self.block_size)
+
+    def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
+        """Choose by sampled maxima along the curve, or reuse the last choice."""
+        q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
+        if self.density == 1 and (self.threshold == 1 or self.floor == 1):
+            return BlockPlan.full(q, kv)  # nothing to choose: scores and order would not matter
+        order = _order(call)
+        video = video_blocks(call, self.block_size)
+        draw = (self.seed * 1009 + call.layer) * 1009 + call.step
+
+        def choose(heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+            query = ops.gather_tokens(call.query[:, :, heads], order, padding=False)
+            key = ops.gather_tokens(call.key[:, :, heads], order, padding=False)
+            # Samples one by one: a sample's draw must not depend on who else is in the batch.
+            scores = torch.cat(
+                [
+                    ops.tile_maximum(
+                        query[i : i + 1],
+                        key[i : i + 1],
+                        q,
+                        _of_sample(kv, i),
+                        self.samples,
+                        call.scale,
+                        seed=(draw * 1009 + heads.start) % _SEEDS,
+                        form=self.form,
+                    )[:, :, video, video]
+                    for i in range(query.shape[0])
+                ]
+            )
+            least, most = self.limits(scores.shape[-1])
+            return ops.select_top_p(scores, self.threshold, least, ceiling=most)
+
+        plan = reused_plan(call, self.block_size, self.refresh, choose)
+        return replace(plan, q_permutation=order, kv_permutation=order)
+
+    def limits(self, video_blocks: int) -> tuple[int, int]:
+        """Give the least and the most blocks that a row keeps."""
+        least, most = (
+            max(1, int(share * video_blocks + _SLACK)) for share in (self.floor, self.density)
+        )
+        return least, most
+
+    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
+        """Merge the pooled keys' attention into the video rows (ASA_G)."""
+        if not self.pooled:
+            return output
+        grid, device = call.grid, call.query.device
+        video = slice(grid.video_start, grid.video_start + grid.video_tokens)
+        plan, groups = call.once((self, "pooled", grid, device), lambda: self._pooled_plan(call))
+        along = _order(call)[..., video]
+        key, value = (
+            ops.pool(ops.gather_tokens(x, along, padding=False), groups)
+            .transpose(1, 2)
+            .to(x.dtype)
+            for x in (call.key, call.value)
+        )
+        coarse, coarse_lse = ops.attend(call.query[:, video], key, value, plan, call.scale)
+        share = torch.sigmoid(coarse_lse - lse[..., video]).transpose(1, 2)[..., None]
+        fine = output[:, video].to(share.dtype)
+        output[:, video] = torch.lerp(fine, coarse.to(share.dtype), share).to(output.dtype)
+        return output
+
+    def _pooled_plan(self, call: AttentionCall) -> tuple[BlockPlan, BlockLayout]:
+        """Plan all video queries against all pooled keys, a group of n counting as n keys."""
+        tokens, device = call.grid.video_tokens, call.query.device
+        groups = BlockLayout.from_lengths(cut(tokens, self.pooled), device)
+        q = BlockLayout.from_lengths(cut(tokens, self.block_size), device)
+        kv = BlockLayout.from_lengths(cut(groups.blocks, self.block_size), device)
+        weight = groups.lengths.float().log()
+        return replace(BlockPlan.full(q, kv), complete=False, kv_log_weight=weight), groups
+
+
+def _order(call: AttentionCall) -> Tensor:
+    """Look up (or make, once per geometry) the curve's order of the tokens."""
+    grid, device = call.grid, call.query.device
+    return call.once(("gilbert", grid, device), lambda: gilbert_order(grid).to(device))
+
+
+def _of_sample(layout: BlockLayout, i_batch: int) -> BlockLayout:
+    """Narrow a layout to one sample."""
+    if layout.starts.shape[0] == 1:
+        return layout
+    starts, lengths = layout.starts[i_batch][None], layout.lengths[i_batch][None]
+    return replace(layout, starts=starts, lengths=lengths)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generalised Hilbert curve through a box: neighbours on the curve are neighbours in space.
+
+Source: the recursion of Jakub Cerveny's "gilbert" curve for boxes of any size, which BLADE
+(arXiv:2508.10774) orders its tokens by. Where an extent is odd a few steps go diagonally.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.grid import LatentsGrid
+
+Vector = tuple[int, int, int]
+Box = tuple[Vector, Vector, Vector, Vector]
+
+
+def gilbert_order(grid: LatentsGrid) -> Tensor:
+    """Order all tokens: video along the curve, text where it was.
+
+    Returns:
+        ``permutation[slot] = token``, int64 ``[1, 1, tokens]``.
+    """
+    at = torch.tensor(curve(grid.width, grid.height, grid.frames))
+    video = at[:, 0] + grid.width * (at[:, 1] + grid.height * at[:, 2])
+    order = torch.arange(grid.tokens)
+    order[grid.video_start : grid.video_start + grid.video_tokens] = video + grid.video_start
+    return order[None, None]
+
+
+def curve(width: int, height: int, depth: int) -> list[Vector]:
+    """Walk through every (x, y, z) of the box once, along its longest side on the whole."""
+    x, y, z = (width, 0, 0), (0, height, 0), (0, 0, depth)
+    if width >= height and width >= depth:
+        axes = (x, y, z)
+    elif height >= width and height >= depth:
+        axes = (y, x, z)
+    else:
+        axes = (z, x, y)
+    found: list[Vector] = []
+    waiting: list[Box] = [((0, 0, 0), *axes)]
+    while waiting:
+        start, a, b, c = waiting.pop()
+        extents = [abs(sum(axis)) for axis in (a, b, c)]
+        if 0 in extents:
+            continue
+        lines = [axis for axis, extent in zip((a, b, c), extents, strict=True) if extent > 1]
+        if len(lines) <= 1:
+            unit = _unit(lines[0]) if lines else (0, 0, 0)
+            found += [_sum(start, _times(unit, i)) for i in range(max(extents))]
+        else:
+            waiting += reversed(_split(start, a, b, c))
+    return found
+
+
+def _split(start: Vector, a: Vector, b: Vector, c: Vector) -> list[Box]:
+    """Cut a box, crossed from ``start`` along ``a``, into boxes that are crossed one by one."""
+    width, height, depth = (abs(sum(axis)) for axis in (a, b, c))
+    a_half, b_half, c_half = _half(a), _half(b), _half(c)
+    a_rest, b_rest, c_rest = _less(a, a_half), _less(b, b_half), _less(c, c_half)
+    a_end = _less(a, _unit(a))  # from the box's first token to its last along a
+    if 2 * width > 3 * height and 2 * width > 3 * depth:  # long: cut across a
+        return [(start, a_half, b, c), (_sum(start, a_half), a_rest, b, c)]
+    b_turn = _less(b_half, _unit(b))
+    c_turn = _less(c_half, _unit(c))
+    c_end = _less(c, _unit(c))
+    if 3 * height > 4 * depth:  # flat in c: up, across, down
+        return [
+            (start, b_half, c, a_half),
+            (_sum(start, b_half), a, b_rest, c),
+            (_sum(start, a_end, b_turn), _minus(b_half), c, _minus(a_rest)),
+        ]
+    if 3 * depth > 4 * height:  # flat in b
+        return [
+            (start, c_half, a_half, b),
+            (_sum(start, c_half), a, b, c_rest),
+            (_sum(start, a_end, c_turn), _minus(c_half), _minus(a_rest), b),
+        ]
+    return [
+        (start, b_half, c_half, a_half),
+        (_sum(start, b_half), c, a_half, b_rest),
+        (_sum(start, b_turn, c_end), a, _minus(b_half), _minus(c_rest)),
+        (_sum(start, a_end, b_half, c_end), _minus(c), _minus(a_rest), b_rest),
+        (_sum(start, a_end, b_turn), _minus(b_half), c_half, _minus(a_rest)),
+    ]
+
+
+def _half(axis: Vector) -> Vector:
+    """Halve an axis: down to a whole length, then up to an even one where the axis is above 2."""
+    total = sum(axis)
+    length = abs(total) // 2
+    return _times(_unit(axis), length + (length % 2 if abs(total) > 2 else 0))
+
+
+def _unit(axis: Vector) -> Vector:
+    return tuple((n > 0) - (n < 0) for n in axis)  # type: ignore[return-value]
+
+
+def _times(axis: Vector, factor: int) -> Vector:
+    return (axis[0] * factor, axis[1] * factor, axis[2] * factor)
+
+
+def _minus(axis: Vector) -> Vector:
+    return _times(axis, -1)
+
+
+def _sum(*vectors: Vector) -> Vector:
+    return tuple(map(sum, zip(*vectors, strict=True)))  # type: ignore[return-value]
+
+
+def _less(one: Vector, other: Vector) -> Vector:
+    return _sum(one, _minus(other))

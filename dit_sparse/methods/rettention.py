@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-ttention: a static mask, rescaled to its share of the full softmax, plus what it dropped.
+
+Source: Chen et al. 2025, "Re-ttention: Ultra Sparse Visual Generation via Attention Statistical
+Reshape", arXiv:2505.22918, written with log-sum-exps so that no score matrix is ever made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.methods import METHODS
+from dit_sparse.methods.lists import identity
+from dit_sparse.methods.params import build_method
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from dit_sparse.call import AttentionCall, Method, Ops
+
+STATIC = ("gna", "radial")  # masks that depend on the geometry alone
+_FULL_BLOCKS = 128  # of the dense plan on refresh steps, where the block size does not matter
+_SCRATCH = 64 * 2**20  # bytes of fp32 outputs held at a time
+
+
+class Params(dict[str, Any]):
+    """The mask's params, hashable as a field of a frozen dataclass must be; never changed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        """Hash the keys alone: equal params have equal keys."""
+        return hash(tuple(sorted(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rettention:
+    """Attend by a static mask and add what the dropped keys gave when dense was last computed.
+
+    On a refresh step dense attention gives O_f and LSE_f, and the masked one O_s and LSE_s. Kept
+    are rho = exp(LSE_s - LSE_f), the mask's share of the softmax, and R = O_f - rho * O_s, what
+    all dropped keys contribute; the call returns O_f. The m-th sparse step after it (m from 0)
+    gives min(rho + m * ramp, 1) * O_s + R. A refresh step costs dense plus sparse.
+
+    The first sparse call of a run refreshes; dense steps before it are the schedule's (the paper
+    has 5 of 20 for PixArt, 15 of 50 for CogVideoX). On the last step, where nothing could use a
+    refresh, the call is plainly dense. Text is exact by the mask, so only video rows are changed
+    and remembered. Unlike the released code the ratio is clamped, steps come from the pipeline,
+    and any static mask can be used; its own was a one-dimensional window of 1/32 of the keys.
+
+    Memory: one [batch, video tokens, heads, head_dim] residual for each layer and branch, 31 GB
+    for Wan 14B at 720p in bf16: give the rule a subset of layers, or offload.
+
+    Args:
+        mask: Name of the static method that chooses the blocks.
+        mask_params: Its params; those not given keep their defaults.
+        refresh: Steps from one refresh to the next, >= 2; the paper has 5. Higher is faster and
+            staler.
+        ramp: Added to the ratio with each sparse step, >= 0; the paper has 0.04, the ratio
+            drifts so. 0 freezes it.
+        clamp: Whether the ratio stops at 1. The released code lets it pass.
+        residual_dtype: What the residual is kept in; "same" as the model's.
+        offload: Keep the residual in the CPU's memory: frees the device, costs a transfer of it
+            in every sparse call.
+    """
+
+    summary: ClassVar[str] = (
+        "compensation: a static mask rescaled, plus the dropped keys' part as last seen "
+        "(Re-ttention, 2505.22918)"
+    )
+
+    mask: str = "radial"
+    mask_params: dict[str, Any] = field(default_factory=dict)
+    refresh: int = 5
+    ramp: float = 0.04
+    clamp: bool = True
+    residual_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges, and the mask's params by the mask itself."""
+        known = [name for name in STATIC if name in METHODS]
+        if self.mask not in known:
+            raise StrategyError(
+                f"mask must name a static method ({', '.join(known)}), got {self.mask!r}; a mask "
+                "that changes between refreshes would not fit the residual"
+            )
+        try:
+            build_method(self.mask, self.mask_params)
+        except StrategyError as error:
+            raise StrategyError(f"mask_params: {error}") from error
+        object.__setattr__(self, "mask_params", Params(self.mask_params))
+        if self.refresh < 2:
+            raise StrategyError(f"refresh must be a step count of at least 2, got {self.refresh}")
+        if not 0 <= self.ramp < float("inf"):
+            raise StrategyError(f"ramp must be a number from 0, got {self.ramp}; try 0.04")
+        if self.residual_dtype not in {"same", "float32", "bfloat16", "float16"}:
+            raise StrategyError(
+                "residual_dtype must be 'same', 'float32', 'bfloat16' or 'float16', got "
+                f"{self.residual_dtype!r}"
+            )
+
+    def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
+        """Keep all where a refresh is due (None on the last step), else the mask's blocks."""
+        state = call.state
+        age = call.step - state["refreshed"] if state.get("for") == identity(call) else 0
+        if 0 < age < self.refresh:
+            return self._mask(call).plan(call, ops)
+        state.clear()
+        if call.step >= call.num_steps - 1:
+            return None
+        return BlockPlan.full(call.layout(_FULL_BLOCKS), call.key_layout(_FULL_BLOCKS))
+
+    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
+        """Remember ratio and residual on a refresh step; elsewhere apply them."""
+        if call.state.get("for") != identity(call):
+            self._remember(call, output, lse, ops)
+            return output
+        state, video = call.state, _video(call)
+        ratio = state["ratio"] + (call.step - state["refreshed"] - 1) * self.ramp
+        if self.clamp:
+            ratio = ratio.clamp(max=1)
+        for heads in _chunks(output):
+            kept = output[:, video, heads].to(ratio.dtype)
+            dropped = state["residual"][:, :, heads].to(output.device, ratio.dtype)
+            output[:, video, heads] = (ratio[:, :, heads] * kept + dropped).to(output.dtype)
+        return output
+
+    def _mask(self, call: AttentionCall) -> Method:
+        return call.once((self, "mask"), lambda: build_method(self.mask, self.mask_params))
+
+    def _remember(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> None:
+        """Run the mask beside the dense result and keep the ratio and the residual."""
+        plan = self._mask(call).plan(call, ops)
+        if plan is None:  # the mask is dense here
+            return
+        kept, kept_lse = ops.attend(call.query, call.key, call.value, plan, call.scale)
+        video = _video(call)
+        ratio = (kept_lse[..., video] - lse[..., video]).exp().transpose(1, 2)[..., None]
+        if self.clamp:
+            ratio = ratio.clamp(max=1)  # above it only by rounding
+        dtype = output.dtype
+        if self.residual_dtype != "same":
+            dtype = getattr(torch, self.residual_dtype)
+        device = torch.device("cpu") if self.offload else output.device
+        shape = output[:, video].shape
+        residual = torch.empty(shape, dtype=dtype, device=device)
+        for heads in _chunks(output):
+            held = ratio[:, :, heads] * kept[:, video, heads].to(ratio.dtype)
+            residual[:, :, heads] = output[:, video, heads].to(ratio.dtype) - held
+        call.state.update(ratio=ratio, residual=residual, refreshed=call.step)
+        call.state["for"] = identity(call)
+
+
+def _video(call: AttentionCall) -> slice:
+    return slice(call.grid.video_start, call.grid.video_start + call.grid.video_tokens)
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Cut the heads of ``[batch, tokens, heads, head_dim]`` so that fp32 copies stay small."""
+    batch, tokens, heads, dim = x.shape
+    step = max(1, _SCRATCH // (4 * batch * tokens * dim))
+    return (slice(first, min(first + step, heads)) for first in range(0, heads, step))

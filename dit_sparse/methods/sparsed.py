@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseD: one exact search early in the run, its blocks reused to the end.
+
+Source: Wang et al. 2025, "SparseD: Sparse Attention for Diffusion Language Models",
+arXiv:2509.24014, carried over to latents: text stands for the prompt, video for what is generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.methods.lists import (
+    check_block_size,
+    check_share,
+    identity,
+    listed_plan,
+    remember,
+    video_blocks,
+)
+from dit_sparse.methods.steps import step_at
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.call import AttentionCall, Ops
+
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class SparseD:
+    """Keep, in every row of blocks, the key blocks that held most mass on one early step.
+
+    Steps before ``search_step`` are dense. On it the call is dense too, and its LSE gives the
+    exact mass of each block, sum exp(score - LSE) (SparseD averages it over the block, which
+    ranks whole blocks alike); each video row keeps int(density * blocks) + 1 blocks, as the
+    released code does. These are used on all later steps. Text queries and text keys, SparseD's
+    prompt, are kept whole instead of being selected apart; padding takes no part. Samples, heads
+    and CFG branches are searched apart.
+
+    Where the first sparse call comes later than the search step (dense warm-up, attached in
+    mid-generation, other batch or heads than before) it is the search. A run too short for a step
+    after the search stays dense.
+
+    Args:
+        density: Share of video key blocks that a row keeps, in (0, 1]; SparseD has 0.3 for long
+            sequences. Higher is closer to dense and slower.
+        search_step: When to search, as a fraction of the run in [0, 1), rounded half up; SparseD
+            has 0.2. Earlier saves more and costs fidelity.
+        block_size: Tokens in a block, 1 to 1024; SparseD has 128 for long sequences, 32 for
+            short ones.
+    """
+
+    summary: ClassVar[str] = (
+        "dynamic: the heaviest blocks by exact softmax mass, searched once and reused "
+        "(SparseD, 2509.24014)"
+    )
+
+    density: float = 0.3
+    search_step: float = 0.2
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_share("density", self.density, zero=False, hint=0.3)
+        if not 0 <= self.search_step < 1:
+            raise StrategyError(
+                "search_step must be a fraction of the run in [0, 1), got "
+                f"{self.search_step}; try 0.2"
+            )
+        check_block_size(self.block_size)
+
+    def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
+        """Decline (dense), keep all (the search), or reuse its lists."""
+        state = call.state
+        if state.get("for") == identity(call) and call.step >= state["made"]:
+            return listed_plan(call, self.block_size, state["lists"], state["counts"])
+        state.clear()
+        if not step_at(self.search_step, call.num_steps) <= call.step < call.num_steps - 1:
+            return None
+        return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
+
+    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
+        """Search after the search step's dense attention; returns ``output`` as it is."""
+        if call.state.get("for") == identity(call):
+            return output
+        q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
+        video = video_blocks(call, self.block_size)
+
+        def choose(heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+            query, key = call.query[:, :, heads], call.key[:, :, heads]
+            mass = ops.block_mass(query, key, lse[:, heads].float(), q, kv, call.scale)
+            mass = mass[:, :, video, video]
+            count = min(int(self.density * mass.shape[-1] + _SLACK) + 1, mass.shape[-1])
+            return ops.select_top_k(mass, count)
+
+        remember(call, self.block_size, choose)
+        return output

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XAttention: a block pair is worth what the antidiagonals in it hold.
+
+Source: Xu et al. 2025, "XAttention: Block Sparse Attention with Antidiagonal Scoring",
+arXiv:2503.16428, in its non-causal form for video models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.methods.lists import (
+    check_block_size,
+    check_refresh,
+    check_share,
+    reused_plan,
+    share_of,
+    video_blocks,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.plan import BlockPlan
+
+
+@dataclass(frozen=True, slots=True)
+class XAttention:
+    """Keep, in every row, the fewest key blocks whose estimated softmax mass reaches a threshold.
+
+    Runs of ``stride`` = S tokens are folded into one, the queries' in reverse: their product is
+    the sum over the antidiagonal of an S x S cell, and its softmax over all runs of keys (mean
+    score, fp32) estimates the cell's mass at 1 / S of the products. Blocks are taken heaviest
+    first while the mass before them is below threshold * mass of the row's video blocks. With
+    stride 1 the mass is exact.
+
+    Unlike the released code: text queries and text keys are kept whole, on top, so that at least
+    the threshold's share of the row's whole estimated mass is kept; padding takes no part; any
+    batch and block size. Samples, heads and CFG branches choose apart.
+
+    Args:
+        threshold: Share of the mass to hold, in (0, 1]; the paper has 0.9 and 0.95 for video
+            models. Higher is closer to dense and slower; 1 keeps everything.
+        stride: Tokens in a run, >= 1; the paper has 8 for video. Higher is cheaper and coarser.
+        floor: Share of video key blocks that a row keeps at least, in [0, 1]; one block is
+            always kept.
+        refresh: Steps for which a choice lives, >= 1; the paper chooses on every step. Higher is
+            cheaper and staler, and keeps the lists in memory.
+        block_size: Tokens in a block, 1 to 1024; the paper has 128.
+    """
+
+    summary: ClassVar[str] = (
+        "dynamic: the fewest blocks that hold a share of the antidiagonals' mass "
+        "(XAttention, 2503.16428)"
+    )
+
+    threshold: float = 0.9
+    stride: int = 8
+    floor: float = 0.0
+    refresh: int = 1
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_share("threshold", self.threshold, zero=False, hint=0.9)
+        if self.stride < 1:
+            raise StrategyError(f"stride must be at least 1, got {self.stride}; try 8")
+        check_share("floor", self.floor, zero=True, hint=0.0)
+        check_refresh(self.refresh)
+        check_block_size(self.block_size)
+
+    def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
+        """Choose by antidiagonal mass, or reuse the last choice."""
+        q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
+        video = video_blocks(call, self.block_size)
+        # A run is never longer than a block; a longer one would only be padded.
+        stride = min(self.stride, self.block_size)
+
+        def choose(heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+            query, key = call.query[:, :, heads], call.key[:, :, heads]
+            mass = ops.antidiagonal(query, key, q, kv, stride, call.scale)[:, :, video, video]
+            return ops.select_top_p(mass, self.threshold, share_of(self.floor, mass.shape[-1]))
+
+        return reused_plan(call, self.block_size, self.refresh, choose)
+
+    def finish(
+        self,
+        call: AttentionCall,  # noqa: ARG002
+        output: Tensor,
+        lse: Tensor,  # noqa: ARG002
+        ops: Ops,  # noqa: ARG002
+    ) -> Tensor:
+        """Return the output as it is: nothing stands in for what was dropped."""
+        return output

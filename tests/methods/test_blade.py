@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLADE against maxima, sorts and pooled keys written out in float64, along the curve."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.grid import LatentsGrid
+from dit_sparse.methods.blade import Blade
+from dit_sparse.methods.gilbert import curve, gilbert_order
+from tests.methods.chosen import block_sizes, runs, tokens_kept, valid_keys
+from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
+
+sides = st.integers(1, 9)
+
+
+class PooledOps(NaiveOps):
+    """``attend`` with weighted keys as well."""
+
+    def attend(self, query, key, value, plan, scale):
+        if plan.kv_log_weight is None:
+            return super().attend(query, key, value, plan, scale)
+        q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
+        scores = q @ k.transpose(-1, -2) * scale + plan.kv_log_weight.double()[:, :, None]
+        return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+@given(sides, sides, sides)
+def test_the_curve_visits_every_token_once_and_makes_no_jumps(width, height, depth):
+    path = curve(width, height, depth)
+    assert sorted(path) == list(product(range(width), range(height), range(depth)))
+    steps = [[abs(a - b) for a, b in zip(p, q, strict=True)] for p, q in pairwise(path)]
+    assert all(max(step) == 1 for step in steps)
+    # Odd extents need diagonal steps (BLADE's curve does too), and few of them.
+    assert all(sum(step) <= 2 for step in steps)
+    if all(side % 2 == 0 for side in (width, height, depth)):
+        assert all(sum(step) == 1 for step in steps)
+
+
+def test_the_order_leaves_text_alone():
+    grid = LatentsGrid(2, 3, 4, 5, text_first=True)
+    order = gilbert_order(grid)[0, 0]
+    assert order[:5].tolist() == [0, 1, 2, 3, 4]
+    assert sorted(order[5:].tolist()) == list(range(5, 29))
+    x, y, z = curve(4, 3, 2)[7]
+    assert order[5 + 7] == 5 + x + 4 * (y + 3 * z)
+
+
+def along(grid, block_size):
+    """Tokens of the video's and the text's blocks, in the curve's order."""
+    order = gilbert_order(grid)[0, 0].tolist()
+
+    def cut(start, count):
+        return [
+            order[start + i : start + min(i + block_size, count)]
+            for i in range(0, count, block_size)
+        ]
+
+    return cut(grid.video_start, grid.video_tokens), cut(grid.text_start, grid.text_length)
+
+
+def full_scores(method, call, b, h):
+    """Largest weight of each pair of video blocks where every token is drawn."""
+    video, text = along(call.grid, method.block_size)
+    living = set(valid_keys(call, b))
+    blocks = [[t for t in block if t in living] for block in [*video, *text]]
+    scores = call.query[b, :, h].double() @ call.key[b, :, h].double().T * call.scale
+    found = []
+    for block in video:
+        row = [0.0] * len(video)
+        for t in block:
+            every = [float(scores[t, j]) for other in blocks for j in other]
+            base = max(every)
+            if method.form == "paper":
+                base = float(torch.tensor(every, dtype=torch.float64).logsumexp(0))
+            for r, other in enumerate(video):
+                best = max(float(scores[t, j]) for j in other)
+                row[r] = max(row[r], float(torch.tensor(best - base, dtype=torch.float64).exp()))
+        found.append(row)
+    return found
+
+
+def kept_of(method, row):
+    blocks = len(row)
+    least = max(1, int(method.floor * blocks + 1e-9))
+    most = max(1, int(method.density * blocks + 1e-9))
+    order = sorted(range(blocks), key=lambda j: (-row[j], j))
+    found, held = set(), 0.0
+    for place, j in enumerate(order[:most]):
+        if place >= least and method.threshold < 1 and held >= method.threshold * sum(row):
+            break
+        found.add(j)
+        held += row[j]
+    return found
+
+
+@given(
+    runs(num_steps=3), block_sizes, st.sampled_from(["code", "paper"]),
+    st.sampled_from([0.3, 0.5, 1.0]), st.sampled_from([0.4, 0.83, 1.0]), st.integers(1, 2),
+)  # fmt: skip
+def test_with_every_token_drawn_it_keeps_what_the_naive_one_keeps(
+    calls, block_size, form, density, threshold, refresh
+):
+    method = Blade(density, threshold, 0.1, block_size, form, refresh=refresh,
+                   block_size=block_size)  # fmt: skip
+    video, _ = along(calls[0].grid, block_size)
+    for call in calls:
+        plan, output = run(method, call, NaiveOps())
+        plan.validate()
+        batch, tokens, heads, _ = call.query.shape
+        mask = token_mask(plan, batch, heads, tokens, tokens)
+        if call.step % refresh == 0:
+            scores = [
+                [full_scores(method, call, b, h) for h in range(heads)] for b in range(batch)
+            ]
+            kept = [[[kept_of(method, row) for row in rows] for rows in one] for one in scores]
+            wanted = tokens_kept(call, video, kept)
+            if form == "code":  # many scores are exactly 1 here and 0.9999999 there
+                assert counts_agree(mask, wanted, video, scores, kept)
+                wanted = mask
+        assert torch.equal(mask, wanted)
+        right, _ = masked_attention(call.query, call.key, call.value, mask, call.scale)
+        torch.testing.assert_close(output, right)
+
+
+def counts_agree(mask, wanted, video, scores, kept):
+    """Whether each row has blocks as heavy as the oracle's (ties may be broken otherwise)."""
+    for b, one in enumerate(kept):
+        for h, rows in enumerate(one):
+            for p, row in enumerate(rows):
+                ours = {r for r, block in enumerate(video) if mask[b, h, video[p][0], block[0]]}
+                weight = scores[b][h][p]
+                if len(ours) != len(row):
+                    return False
+                pairs = zip(
+                    sorted(weight[r] for r in ours), sorted(weight[r] for r in row), strict=True
+                )
+                if any(abs(x - y) > 1e-5 for x, y in pairs):
+                    return False
+    text = torch.ones(mask.shape[-1], dtype=torch.bool)
+    text[[t for block in video for t in block]] = False
+    return torch.equal(mask[..., text], wanted[..., text]) and torch.equal(
+        mask[:, :, text], wanted[:, :, text]
+    )
+
+
+@given(runs(num_steps=1), st.integers(1, 6), st.sampled_from([0.3, 1.0]))
+def test_pooled_keys_count_as_many_and_text_rows_stay(calls, n, density):
+    call = calls[0]
+    grid = call.grid
+    method = Blade(density, 1.0, 0.0, 4, pooled=n, block_size=4)
+    plan, output = run(method, call, PooledOps())
+    batch, tokens, heads, _ = call.query.shape
+    mask = token_mask(plan, batch, heads, tokens, tokens)
+    order = gilbert_order(grid)[0, 0, grid.video_start :][: grid.video_tokens].tolist()
+    groups = [order[i : i + n] for i in range(0, len(order), n)]
+    q, k, v = (x.double().transpose(1, 2) for x in (call.query, call.key, call.value))
+    mean_k, mean_v = (torch.stack([x[:, :, g].mean(2) for g in groups], 2) for x in (k, v))
+    size = torch.tensor([len(g) for g in groups], dtype=torch.float64)
+    fine = (q @ k.transpose(-1, -2) * call.scale).masked_fill(~mask, -torch.inf)
+    coarse = q @ mean_k.transpose(-1, -2) * call.scale + size.log()
+    is_text = torch.ones(tokens, dtype=torch.bool)
+    is_text[order] = False
+    coarse[:, :, is_text] = -torch.inf
+    weights = torch.cat([fine, coarse], -1).softmax(-1)
+    wanted = (weights @ torch.cat([v, mean_v], 2)).transpose(1, 2)
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+    if n == 1 and density == 1 and not grid.text_length:  # every key twice: dense again
+        dense, _ = masked_attention(call.query, call.key, call.value, mask, call.scale)
+        torch.testing.assert_close(output, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_the_draw_is_seeded_and_alike_for_every_sample():
+    grid = LatentsGrid(3, 4, 6, 13)
+
+    def mask(seed, step=0, batch=1):
+        method = Blade(0.4, samples=2, seed=seed, block_size=8)
+        call = make_call(grid, 5, 1, step=step, num_steps=9)
+        for name in ("query", "key", "value"):
+            setattr(call, name, getattr(call, name).repeat(batch, 1, 1, 1))
+        return run(method, call, NaiveOps())[0].block_mask()
+
+    assert torch.equal(mask(0), mask(0))
+    assert torch.equal(mask(0, batch=3), mask(0).expand(3, -1, -1, -1))
+    assert not torch.equal(mask(0), mask(1))
+    assert mask(2**31 - 1).any()
+    assert not torch.equal(mask(0), mask(0, step=1))
+
+
+def test_the_published_shares_give_the_published_counts():
+    assert Blade(0.17).limits(256) == (12, 43)  # Wan 2.1 1.3B at 480p
+    assert Blade(0.1).limits(139) == (6, 13)  # CogVideoX 5B
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"density": 0.0}, r"density must lie in \(0, 1\], got 0.0; try 0.17"),
+        ({"threshold": 1.5}, r"threshold must lie in \(0, 1\], got 1.5"),
+        ({"floor": 0.3}, r"floor must lie in \[0, density = 0.17\], got 0.3; try 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0; try 32"),
+        ({"form": "x"}, "form must be 'code' or 'paper', got 'x'"),
+        ({"pooled": -1}, "pooled must be a token count from 0, got -1; try 30"),
+        ({"seed": -1}, r"seed must lie in \[0, 2 \*\* 31\), got -1"),
+        ({"refresh": 0}, "refresh must be a step count of at least 1, got 0"),
+        ({"block_size": 0}, r"block_size must be a token count in \[1, 1024\], got 0"),
+    ],
+)
+def test_out_of_range(params, message):
+    with pytest.raises(StrategyError, match=message):
+        Blade(**params)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-ttention against sums over kept and dropped keys written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.grid import LatentsGrid
+from dit_sparse.methods.params import build_method, params_of
+from dit_sparse.methods.rettention import Rettention
+from tests.methods.chosen import runs, valid_keys
+from tests.methods.naive import NaiveOps, make_call, run, token_mask
+
+NARROW = {"decay_factor": 0.2, "block_size": 3, "sink": False}
+
+
+def weights(call):
+    """Exp of all scores, 0 for padding: ``[batch, heads, queries, keys]``, float64."""
+    q, k = (x.double().transpose(1, 2) for x in (call.query, call.key))
+    found = (q @ k.transpose(-1, -2) * call.scale).exp()
+    for b in range(found.shape[0]):
+        padding = sorted(set(range(call.grid.tokens)) - set(valid_keys(call, b)))
+        found[b, :, :, padding] = 0
+    return found
+
+
+def masked(call):
+    """Which pairs the mask keeps, asked of the mask itself (its own tests say what is right)."""
+    batch, tokens, heads, _ = call.query.shape
+    plan = build_method("radial", NARROW).plan(call, NaiveOps())
+    return token_mask(plan, batch, heads, tokens, tokens)
+
+
+@given(
+    runs(num_steps=8), st.integers(2, 5), st.sampled_from([0.0, 0.04, 0.5]), st.booleans(),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_a_run_is_what_the_formula_says(calls, refresh, ramp, clamp, warmup):
+    method = Rettention("radial", NARROW, refresh, ramp, clamp)
+    first = ratio = dropped = None
+    for call in calls[warmup:]:
+        plan, output = run(method, call, NaiveOps())
+        value = call.value.double().transpose(1, 2)
+        weight, mask = weights(call), masked(call)
+        kept = weight * mask
+        if (call.step - warmup) % refresh == 0:
+            if call.step == len(calls) - 1:
+                assert plan is None
+                continue
+            first = call.step
+            total = weight.sum(-1, keepdim=True)
+            ratio = kept.sum(-1, keepdim=True) / total
+            dropped = (weight * ~mask / total) @ value
+            wanted = weight / total @ value
+            assert plan.complete
+        else:
+            plan.validate()
+            share = ratio + (call.step - first - 1) * ramp
+            if clamp:
+                share = share.clamp(max=1)
+            own = (kept / kept.sum(-1, keepdim=True)) @ value
+            wanted = share * own + dropped
+            text = torch.ones(call.grid.tokens, dtype=torch.bool)
+            text[call.grid.video_start :][: call.grid.video_tokens] = False
+            wanted[:, :, text] = own[:, :, text]
+        torch.testing.assert_close(output, wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kept_in", "offload", "size"),
+    [("same", False, 8), ("float32", True, 4), ("float16", False, 2)],
+)
+def test_the_residual_is_as_large_as_said(kept_in, offload, size):
+    method = Rettention(mask_params=NARROW, residual_dtype=kept_in, offload=offload)
+    state = {}
+    grid = LatentsGrid(4, 3, 4, 5)
+    outputs = []
+    for step in range(2):
+        call = make_call(grid, 3, step=step, num_steps=6, state=state)
+        outputs.append(run(method, call, NaiveOps())[1])
+    # The same inputs again: the second, sparse step gives the dense output back.
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=2e-3, atol=2e-3)
+    residual = state["residual"]
+    assert residual.device.type == "cpu"
+    assert residual.untyped_storage().nbytes() == grid.video_tokens * 2 * 8 * size
+    assert state["ratio"].untyped_storage().nbytes() == grid.video_tokens * 2 * 8
+
+
+def test_another_shape_refreshes():
+    method, state = Rettention(mask_params=NARROW), {}
+    for step, batch in ((0, 1), (1, 2), (2, 2)):
+        call = make_call(LatentsGrid(4, 3, 4), 0, batch, step=step, num_steps=9, state=state)
+        plan, _ = run(method, call, NaiveOps())
+        assert plan.complete == (step < 2)
+
+
+def test_nested_params_travel_and_are_hashable():
+    method = build_method("rettention", {"mask_params": {"decay_factor": 1}})
+    same = build_method("rettention", {"mask_params": {"decay_factor": 1.0}})
+    assert method == same
+    assert hash(method) == hash(same)
+    assert build_method("rettention", params_of(method)) == method
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"mask": "adaspa"}, r"mask must name a static method \(.*radial.*\), got 'adaspa'"),
+        ({"mask": "x"}, "mask must name a static method"),
+        ({"mask_params": {"decay": 1}}, "mask_params: unknown key 'decay'.*; radial takes: form"),
+        ({"mask_params": {"decay_factor": 0}}, "mask_params: decay_factor must be .* above 0"),
+        ({"mask_params": 3}, "mask_params: .*dict.*got 3|mask_params: .*object.*got 3"),
+        ({"refresh": 1}, "refresh must be a step count of at least 2, got 1"),
+        ({"ramp": -0.1}, "ramp must be a number from 0, got -0.1; try 0.04"),
+        ({"residual_dtype": "int8"}, "residual_dtype: .*'same'.*got 'int8'"),
+    ],
+)
+def test_bad_params(params, message):
+    with pytest.raises(StrategyError, match=message):
+        build_method("rettention", params)
