@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 # Name -> module, best first. Nothing is imported before it is asked for.
 KERNELS = {
+    "cpu": "dit_sparse.kernels.cpu",  # first: it says no to a GPU without importing Triton
     "triton": "dit_sparse.kernels.triton_attention",
     "cudnn": "dit_sparse.kernels.cudnn",
     "flashinfer": "dit_sparse.kernels.flashinfer",
     "flex": "dit_sparse.kernels.flex",
-    "cpu": "dit_sparse.kernels.cpu",
     "reference": "dit_sparse.kernels.reference",
 }
 # Never chosen unless asked for: the reference is slow, the others have not run on a GPU yet.
