@@ -7,6 +7,8 @@ medians after a warm-up. A configuration whose result is wrong gets no time.
 
 On one CPU thread time is that thread's own processor time, which other programs on the machine
 disturb little; on more threads and on GPUs it is the wall clock's.
+
+One file because it is one table: what is measured, how, and how it is shown belong together.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields
 
@@ -440,11 +441,18 @@ def test_a_real_process_generates(root, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is POSIX's")
 def test_ctrl_c_ends_a_real_process_with_130(root, tmp_path):
-    command = [sys.executable, "-m", "dit_sparse", "generate", "samples/wan-tiny", PROMPT]
+    # A shell's background job starts with SIGINT ignored, and hands that on to its children.
+    listening = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('dit_sparse', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", listening, "generate", "samples/wan-tiny", PROMPT]
     command += [*SPARSE, "-o", str(tmp_path / "out"), *SMALL, "--steps", "5000"]
     with subprocess.Popen(
         command, cwd=root, env=environment(root), stderr=subprocess.PIPE, text=True
     ) as process:
+        too_long = threading.Timer(240, process.kill)
+        too_long.start()
         said = ""
         for line in process.stderr:
             said += line
@@ -453,6 +461,7 @@ def test_ctrl_c_ends_a_real_process_with_130(root, tmp_path):
                 process.send_signal(signal.SIGINT)
                 break
         said += process.stderr.read()
+        too_long.cancel()
     assert process.returncode == 130, said
     assert said.rstrip().splitlines()[-1].startswith("Interrupted")
     assert "Traceback" not in said

@@ -10,6 +10,9 @@ partial blocks, whose result is merged in by its LSE.
 
 Rows run in one-thread workers. A thread-parallel call per row would be right too, but where
 cores are shared its thousands of barriers cost several times the dense attention.
+
+Over the usual length because one call's parts (views, gathers, masks, workers) share its buffers;
+reading the plan stands apart in ``cpu_rows.py``.
 """
 
 from __future__ import annotations
