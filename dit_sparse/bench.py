@@ -404,11 +404,12 @@ def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-def now():  # where it cannot be read, the peak so far: too kind by what was freed since
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return peak()
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
+def now():  # all pages, and those of mapped files: code that a call is the first to touch
+    status = Path("/proc/self/status")
+    if not status.exists():  # the peak so far: too kind by what was freed since
+        return peak(), 0
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssFile"))
 
 random = torch.Generator().manual_seed(0)
 backends = Backends()
@@ -416,9 +417,10 @@ for length in (512, int(tokens)):  # the first call loads libraries and makes th
     shape = Shape("", length, int(heads), int(head_dim))
     plan = make_plan(shape, 128, density, "random", random)
     query, key, value = (torch.randn(1, length, int(heads), int(head_dim)) for _ in range(3))
-    before = now()
+    before, code = now()
     output, _ = backends.attend(query, key, value, plan, head_dim**-0.5)
-print((peak() - before - output.nbytes) / 2**20)
+code = now()[1] - code
+print((peak() - before - code - output.nbytes) / 2**20)
 """
 
 
