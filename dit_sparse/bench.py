@@ -400,16 +400,15 @@ from dit_sparse.bench import Shape, make_plan
 tokens, heads, head_dim, density, threads = map(float, sys.argv[1:])
 torch.set_num_threads(int(threads))
 
-def peak():
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-def now():  # all pages, and those of mapped files: code that a call is the first to touch
-    status = Path("/proc/self/status")
-    if not status.exists():  # the peak so far: too kind by what was freed since
-        return peak(), 0
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssFile"))
+def memory():  # (now, peak, of mapped files) in bytes; elsewhere the peak so far stands for now
+    if not STATUS.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return found, found, 0
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile"))
 
 random = torch.Generator().manual_seed(0)
 backends = Backends()
@@ -417,10 +416,12 @@ for length in (512, int(tokens)):  # the first call loads libraries and makes th
     shape = Shape("", length, int(heads), int(head_dim))
     plan = make_plan(shape, 128, density, "random", random)
     query, key, value = (torch.randn(1, length, int(heads), int(head_dim)) for _ in range(3))
-    before, code = now()
+    if CLEAR.exists():
+        CLEAR.write_text("5")  # forget the peak of imports and of the canary
+    before, _, code = memory()
     output, _ = backends.attend(query, key, value, plan, head_dim**-0.5)
-code = now()[1] - code
-print((peak() - before - code - output.nbytes) / 2**20)
+_, peak, code_after = memory()  # code that the call was the first to touch is not its memory
+print((peak - before - (code_after - code) - output.nbytes) / 2**20)
 """
 
 
