@@ -11,7 +11,7 @@ from dit_sparse import backends as module
 from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
 from dit_sparse.bench import Shape, run_bench
 from dit_sparse.errors import KernelError, PlanError
-from dit_sparse.grid import BlockLayout
+from dit_sparse.grid import BlockLayout, LatentsGrid
 from dit_sparse.kernels import cpu
 from dit_sparse.plan import BlockPlan
 from tests.strategies import attention_inputs
@@ -217,7 +217,7 @@ def test_block_mass_of_other_sizes_is_refused(lse, q, words):
 @pytest.fixture(scope="module")
 def small_bench():
     return {
-        "shapes": (Shape("tiny", 250, 2, 16),),
+        "shapes": (Shape("tiny", LatentsGrid(1, 10, 25), 2, 16),),
         "block_sizes": (32,),
         "densities": (0.5,),
         "threads": (1,),
@@ -243,7 +243,7 @@ def test_bench_reports_ratios(tmp_path, small_bench):
 def test_bench_prints_no_speed_of_a_wrong_result(fake, small_bench, monkeypatch):
     fake.attend = lambda *call: (cpu.attend(*call)[0] * 1.1, cpu.attend(*call)[1])
     monkeypatch.setattr(module, "check_kernel", lambda *_: None)
-    for found in run_bench(**small_bench, kernel="fake").measurements:
+    for found in run_bench(**small_bench, kernels=("fake",)).measurements:
         assert "output differs" in found.fault
         assert found.sparse_ms is None
         assert found.efficiency is None

@@ -512,15 +512,22 @@ def test_bench_runs_small_and_writes_its_numbers(tmp_path):
     refused(run("bench", "--kernel", "fast"), "no kernel is called 'fast'")
     refused(run("bench", "-o", tmp_path), "not a file name")
     refused(run("bench", "-o", tmp_path / "no" / "x.json"), "not a file name")
-    from dit_sparse import bench
-
-    small = (bench.Shape("small", 512, 1, 32),)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "CPU_SHAPES", small)
-        result = run("bench", "--device", "cpu", *few, "--no-memory", "-o", tmp_path / "b.json")
+    refused(run("bench", "--shape", "8x8"), "shape '8x8' fits 0", "8x32x32x2x64")
+    refused(run("bench", "--shape", "k"), "fits 4")
+    refused(run("bench", "--method", "best"), "unknown method 'best'")
+    cpu = ["bench", "--device", "cpu", "--no-memory", "-o", tmp_path / "b.json"]
+    result = run(*cpu, *few, "--shape", "2x16x16x1x32")
     assert result.exit_code == 0, result.output
     assert "efficiency" in result.stdout
-    assert strict(tmp_path / "b.json")["measurements"][0]["shape"]["tokens"] == 512
+    assert strict(tmp_path / "b.json")["measurements"][0]["shape"]["grid"]["frames"] == 2
+    few = ["--threads", "1", "--repeats", "1", "--steps", "4"]
+    result = run(*cpu, *few, "--shape", "2x16x16x1x32", "--method", "radial", "--method", "pooled")
+    assert result.exit_code == 0, result.output
+    assert "planning" in result.stdout
+    assert [row["method"] for row in strict(tmp_path / "b.json")["methods"]] == [
+        "radial",
+        "pooled",
+    ]
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["methods"], ["doctor"], ["bench"]])

@@ -48,7 +48,7 @@ LAYERS = {
     "reference": Layer(("kernels.reference",), ("plan",)),  # shares no arithmetic with a kernel
     "call": Layer(("call",), ("plan",)),
     "plan": Layer(("plan", "plan_io", "tiles"), ("grid",)),
-    "grid": Layer(("grid",), ("base",)),
+    "grid": Layer(("grid", "synthetic"), ("base",)),
     "base": Layer(("errors", "_version"), ()),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,8 @@ from dit_sparse.cli.console import ERR, OUT, Debug, UserError, say
 EXAMPLES = (
     "dit-sparse bench --device cpu -o bench.json",
     "dit-sparse bench --block-size 128 --density 0.25 --threads 1 --repeats 3",
+    "dit-sparse bench --shape 'HunyuanVideo' --kernel triton --kernel flex",
+    "dit-sparse bench --shape 21x30x52x2x128 --method radial --method svg2",
 )
 
 
@@ -48,7 +50,7 @@ def run(
             min=0.001,
             max=1.0,
             help="Share of key blocks that are computed; may be given several times.",
-            show_default="0.5, 0.25, 0.125",
+            show_default="0.5, 0.25, and 0.125 on the CPU, 0.1 on a GPU",
         ),
     ] = None,
     threads: Annotated[
@@ -60,12 +62,37 @@ def run(
             show_default="1 and all",
         ),
     ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            help="Part of a known shape's name, or FRAMESxHEIGHTxWIDTHxHEADSxHEAD_DIM in tokens; "
+            "may be given several times.",
+            show_default="8k tokens on the CPU, the models' own on a GPU",
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="Measure methods, with their planning and ordering over a generation, not bare "
+            "kernels: a name, or all; may be given several times.",
+            show_default="none, kernels on given plans",
+        ),
+    ] = None,
+    num_steps: Annotated[
+        int, typer.Option("--steps", min=2, max=1000, help="Steps of that generation.")
+    ] = 50,
     repeats: Annotated[
         int, typer.Option(min=1, max=1000, help="Timed rounds; medians count.")
     ] = 5,
-    kernel: Annotated[
-        str | None,
-        typer.Option(help="Kernel to measure.", show_default="the best that can run"),
+    kernels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            help="Kernel to measure; may be given several times.",
+            show_default="the best on the CPU, all that can run on a GPU",
+        ),
     ] = None,
     memory: Annotated[
         bool,
@@ -78,20 +105,25 @@ def run(
     """Time sparse against dense attention in one process.
 
     efficiency = dense time x density / sparse time: 1 where every block that is left out saves
-    its whole share of the dense time.
+    its whole share of the dense time. A method's times include its planning and its ordering.
     """
     import torch
 
     from dit_sparse.backends import Backends
-    from dit_sparse.bench import run_bench
+    from dit_sparse.bench import find_shapes, run_bench, run_method_bench
+    from dit_sparse.methods import METHODS, method_class
 
-    Backends(kernel)  # a name that does not exist is said at once
+    for kernel in kernels or ():  # a name that does not exist is said at once
+        Backends(kernel)
+    for name in methods or ():
+        if name != "all":
+            method_class(name)
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
         raise UserError(f"--device cuda: this torch ({torch.__version__}) sees no GPU")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UserError(f"{output}: not a file name in a folder that exists")
-    given = {"block_sizes": block_sizes, "densities": densities, "threads": threads}
+    given: dict[str, Any] = {"threads": threads, "shapes": find_shapes(shapes or ())}
     with ERR.status("measuring") as status:
 
         def tell(line: str) -> None:
@@ -99,16 +131,21 @@ def run(
             if not ERR.is_terminal:
                 say(f"measuring {line} ...")
 
-        found = run_bench(
-            "cuda" if device == "cuda" or (device == "auto" and there) else "cpu",
-            repeats=repeats,
-            kernel=kernel,
-            memory=memory,
-            command=" ".join(["dit-sparse", *sys.argv[1:]]),
-            progress=tell,
-            **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
-        )
-    # Eleven columns: in a file or a pipe lines may be long, a terminal is as wide as it is.
+        given |= {
+            "device": "cuda" if device == "cuda" or (device == "auto" and there) else "cpu",
+            "repeats": repeats,
+            "command": " ".join(["dit-sparse", *sys.argv[1:]]),
+            "progress": tell,
+        }
+        if methods:
+            names = [n for n in METHODS if n != "dense"] if "all" in methods else methods
+            given |= {"methods": names, "num_steps": num_steps}
+            found = run_method_bench(**{name: value for name, value in given.items() if value})
+        else:
+            given |= {"block_sizes": block_sizes, "densities": densities, "kernels": kernels}
+            given = {name: value for name, value in given.items() if value}
+            found = run_bench(memory=memory, **given)
+    # Many columns: in a file or a pipe lines may be long, a terminal is as wide as it is.
     wide = OUT if OUT.is_terminal else Console(width=max(OUT.width, 140))
     wide.print(found.table())
     if output is not None:
