@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_sparse.call import AttentionCall
 from dit_sparse.errors import GeometryError
 from dit_sparse.head_groups import head_index, merge_plans, select_heads
+from dit_sparse.nbytes import nbytes
 from dit_sparse.plan import BlockPlan
 from dit_sparse.probe import dense_lse, probe_rows, recall
 from dit_sparse.report import CallRecord, Part, Report, Stopwatch
@@ -78,19 +79,6 @@ class Memory:
         self.sizes.pop(key, None)
 
 
-def nbytes(value: Any) -> int:
-    """Bytes of all tensors and plans inside containers."""
-    if isinstance(value, Tensor):
-        return value.untyped_storage().nbytes()
-    if isinstance(value, BlockPlan):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(nbytes, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(nbytes, value))
-    return 0
-
-
 class SparseEngine:
     """Computes the attention calls of one attached pipeline (or bare transformer)."""
 
@@ -121,6 +109,9 @@ class SparseEngine:
         self.records: list[CallRecord] = []
         self.num_steps = 0
         self.attached_at: int | None = None
+        self.watch: Callable[[AttentionCall, BlockPlan | None, str], None] | None = None
+        """Told of every group of heads that a rule governs: the call, its plan (None: dense),
+        and the method's name. For looking, not for changing."""
         self._grid: LatentsGrid | None = None
         self._stage = ""
         self._running = False
@@ -294,6 +285,8 @@ class SparseEngine:
             if method is not None:
                 part.state = self.memory.states.setdefault(place, {})
                 plan = method.plan(part, self.backends)
+            if self.watch is not None:
+                self.watch(part, plan, self._method_name(rule))
             if plan is not None:
                 planned.append((plan, part, method, place))
                 continue

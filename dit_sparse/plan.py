@@ -170,8 +170,9 @@ class BlockPlan:
     @property
     def nbytes(self) -> int:
         """Bytes held by the plan's tensors (shared and broadcast ones counted once)."""
-        storages = {t.untyped_storage().data_ptr(): t for t in self.tensors().values()}
-        return sum(t.untyped_storage().nbytes() for t in storages.values())
+        storages = [t.untyped_storage() for t in self.tensors().values()]
+        # By identity, not by address: on the "meta" device every address is 0.
+        return sum({s._cdata: s.nbytes() for s in storages}.values())  # noqa: SLF001
 
     def _leading(self, axis: int) -> int:
         return max(t.shape[axis] for name, t in self.tensors().items() if name != "tiles")

@@ -25,17 +25,18 @@ class Layer(NamedTuple):
 # A module may import its own layer and all that its arrows lead to. A new module goes into the row
 # it belongs to; a new row needs a reason in docs/decisions/.
 LAYERS = {
-    "cli": Layer(("cli", "__main__"), ("package", "profiler", "distill", "bench")),
+    "cli": Layer(("cli", "__main__"), ("package", "profiler", "distill", "bench", "inspect")),
     "package": Layer(("",), ("apply",)),  # dit_sparse/__init__.py
     "profiler": Layer(("profiler",), ("apply", "quality")),
     "distill": Layer(("distill",), ("apply", "video")),
     "quality": Layer(("quality",), ("apply", "video")),
     "bench": Layer(("bench",), ("apply", "doctor")),
+    "inspect": Layer(("inspect",), ("apply",)),
     "doctor": Layer(("doctor",), ("strategy", "backends", "pipelines")),
     "video": Layer(("video",), ("base",)),
     "apply": Layer(("apply",), ("engine", "strategy", "pipelines", "forecast")),
     "engine": Layer(("engine", "head_groups"), ("strategy", "pipelines", "report")),
-    "forecast": Layer(("forecast",), ("strategy", "backends")),
+    "forecast": Layer(("forecast",), ("strategy", "backends", "pipelines")),
     "report": Layer(("report", "probe"), ("ops", "reference")),
     "strategy": Layer(
         ("strategy", "strategy_form", "strategy_io", "schedule", "profiles"), ("methods",)
@@ -47,7 +48,7 @@ LAYERS = {
     "kernels": Layer(("kernels",), ("plan",)),  # a kernel never sees a model
     "reference": Layer(("kernels.reference",), ("plan",)),  # shares no arithmetic with a kernel
     "call": Layer(("call",), ("plan",)),
-    "plan": Layer(("plan", "plan_io", "tiles"), ("grid",)),
+    "plan": Layer(("plan", "plan_io", "tiles", "nbytes"), ("grid",)),
     "grid": Layer(("grid", "synthetic"), ("base",)),
     "base": Layer(("errors", "_version"), ()),
 }

@@ -16,8 +16,8 @@ from dit_sparse.backends import Backends
 from dit_sparse.bench.result import MethodMeasurement
 from dit_sparse.bench.timing import Clock, alternate, dense_calls
 from dit_sparse.call import AttentionCall
-from dit_sparse.engine import nbytes
 from dit_sparse.methods.params import build_method
+from dit_sparse.nbytes import nbytes
 from dit_sparse.synthetic import structured_inputs
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dit_sparse._version import __version__
-from dit_sparse.cli import bench, doctor, generate, methods
+from dit_sparse.cli import bench, doctor, forecast, generate, inspect, methods
 from dit_sparse.cli.console import guarded
 
 __all__ = ["app", "main"]
@@ -26,6 +26,8 @@ app = typer.Typer(
 for _name, _command in (
     ("generate", generate),
     ("methods", methods),
+    ("forecast", forecast),
+    ("inspect", inspect),
     ("doctor", doctor),
     ("bench", bench),
 ):

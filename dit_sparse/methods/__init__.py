@@ -18,10 +18,14 @@ METHODS: dict[str, str] = {
     "adaspa": "adaspa:AdaSpa",
     "blade": "blade:Blade",
     "dense": "dense:Dense",
+    "gna": "gna:GNA",
     "pooled": "pooled:Pooled",
     "radial": "radial:Radial",
     "rettention": "rettention:Rettention",
+    "sparse_vdit": "sparse_vdit:SparseVDiT",
     "sparsed": "sparsed:SparseD",
+    "svg": "svg:SVG",
+    "svg2": "svg2:SVG2",
     "xattention": "xattention:XAttention",
 }
 

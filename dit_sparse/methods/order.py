@@ -12,30 +12,27 @@ from dit_sparse.grid import BlockLayout, LatentsGrid, cut
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True)
-class ImageTiles:
-    """An image's tokens tile by tile; tiles at the right and lower edge may be smaller.
+class Ordered:
+    """Video tokens in blocks of their own order, text in blocks of the same size.
 
     Args:
-        rows: First and last token row of each row of tiles.
-        columns: First and last token column of each column of tiles.
         permutation: ``permutation[slot] = token`` over the whole sequence, int64
             ``[1, 1, tokens]``; text stays where it was.
-        layout: One block per tile, text in blocks of the tile's size.
+        layout: The blocks, in slots.
         is_text: Which blocks hold text, bool ``[blocks]``.
-        text_starts: First text token of each block (0 for tiles), int32 ``[blocks]``.
+        text_starts: First text token of each block (0 for the others), int32 ``[blocks]``.
     """
 
-    rows: list[tuple[int, int]]
-    columns: list[tuple[int, int]]
     permutation: Tensor
     layout: BlockLayout
     is_text: Tensor
     text_starts: Tensor
 
-    def to(self, device: torch.device | str) -> ImageTiles:
+    def to(self, device: torch.device | str) -> Self:
         """Move every tensor to ``device``."""
         return replace(
             self,
@@ -57,39 +54,92 @@ class ImageTiles:
         return BlockLayout(starts, lengths, layout.slots, layout.max_length, layout.spread)
 
 
+@dataclass(frozen=True, slots=True)
+class ImageTiles(Ordered):
+    """An image's tokens tile by tile; tiles at the right and lower edge may be smaller.
+
+    Args:
+        permutation: See ``Ordered``; one block per tile.
+        layout: See ``Ordered``.
+        is_text: See ``Ordered``.
+        text_starts: See ``Ordered``.
+        rows: First and last token row of each row of tiles.
+        columns: First and last token column of each column of tiles.
+    """
+
+    rows: list[tuple[int, int]]
+    columns: list[tuple[int, int]]
+
+
 def image_tiles(grid: LatentsGrid, tile: tuple[int, int]) -> ImageTiles:
     """Order an image (one frame) in tiles of ``(height, width)`` tokens, raster within a tile."""
     rows = _spans(grid.height, tile[0])
     columns = _spans(grid.width, tile[1])
-    token = torch.arange(grid.height * grid.width).view(grid.height, grid.width)
+    found = boxes(
+        grid,
+        ([[0]], *([list(range(a, b + 1)) for a, b in spans] for spans in (rows, columns))),
+        tile[0] * tile[1],
+    )
+    return ImageTiles(
+        found.permutation, found.layout, found.is_text, found.text_starts, rows, columns
+    )
+
+
+def boxes(grid: LatentsGrid, cuts: tuple[list[list[int]], ...], text_block_size: int) -> Ordered:
+    """Order a video in boxes, the product of a cut of each axis; raster between and within boxes.
+
+    Args:
+        grid: Where the tokens stand.
+        cuts: For frames, rows and columns: their coordinates in lists, each coordinate once.
+        text_block_size: Tokens in a block of text.
+    """
+    token = torch.arange(grid.video_tokens).view(grid.frames, grid.height, grid.width)
+    # All coordinates of an axis side by side, then box by box views of the reordered video.
+    for axis, lists in enumerate(cuts):
+        token = token.index_select(axis, torch.tensor([c for part in lists for c in part]))
+    sizes = [[len(part) for part in lists] for lists in cuts]
     parts = [
-        token[top : bottom + 1, left : right + 1].flatten()
-        for top, bottom in rows
-        for left, right in columns
+        box.reshape(-1)
+        for slab in token.split(sizes[0], 0)
+        for bar in slab.split(sizes[1], 1)
+        for box in bar.split(sizes[2], 2)
     ]
-    text = cut(grid.text_length, tile[0] * tile[1])
     lengths = [part.numel() for part in parts]
+    text = cut(grid.text_length, text_block_size)
     permutation = torch.cat(parts) + grid.video_start
     words = torch.arange(grid.text_length) + grid.text_start
     text_starts = [sum(text[:i_block]) for i_block in range(len(text))]
+    nothing = [0] * len(parts)
     if grid.text_first:
-        order = [words, permutation]
-        lengths = text + lengths
-        starts = text_starts + [0] * len(parts)
+        order, lengths, starts = [words, permutation], text + lengths, text_starts + nothing
         marks = [True] * len(text) + [False] * len(parts)
     else:
-        order = [permutation, words]
-        lengths = lengths + text
-        starts = [0] * len(parts) + text_starts
+        order, lengths, starts = [permutation, words], lengths + text, nothing + text_starts
         marks = [False] * len(parts) + [True] * len(text)
-    return ImageTiles(
-        rows,
-        columns,
+    return Ordered(
         torch.cat(order)[None, None],
         BlockLayout.from_lengths(lengths),
         torch.tensor(marks),
         torch.tensor(starts, dtype=torch.int32),
     )
+
+
+def patch_major(grid: LatentsGrid) -> Tensor:
+    """Order all tokens so that those at one place of different frames follow each other.
+
+    Rows take the place of frames in an image, so that its columns follow each other. Text stays
+    where it was.
+
+    Returns:
+        ``permutation[slot] = token``, int64 ``[1, 1, tokens]``.
+    """
+    units = grid.frames if grid.frames > 1 else grid.height
+    order = torch.arange(grid.tokens)
+    video = order[grid.video_start : grid.video_start + grid.video_tokens]
+    order[grid.video_start : grid.video_start + grid.video_tokens] = (
+        video.clone().view(units, -1).T.flatten()
+    )
+    return order[None, None]
 
 
 def _spans(extent: int, size: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, empty
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -24,10 +24,31 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:
     return -(-frames // patch_t), height // patch, width // patch, text
 
 
+def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Make forward arguments without data; version 1.5 pads frames to whole tokens."""
+    patch_t = config.patch_size_t or 1
+    frames += -frames % patch_t
+    made: dict[str, Any] = {
+        "hidden_states": empty(1, frames, config.in_channels, height, width),
+        "encoder_hidden_states": empty(1, text, config.text_embed_dim),
+        "timestep": empty(1),
+    }
+    if config.use_rotary_positional_embeddings:
+        patch = config.patch_size
+        tokens = frames // patch_t * (height // patch) * (width // patch)
+        rotary = empty(tokens, config.attention_head_dim)
+        made["image_rotary_emb"] = (rotary, rotary)
+    if config.ofs_embed_dim is not None:
+        made["ofs"] = empty(1)
+    return made
+
+
 COGVIDEOX = Family(
     name="cogvideox",
     attention=r"transformer_blocks\.\d+\.attn1",
     shape=shape,
     text_first=True,
     batched_cfg=True,
+    example=example,
+    text_tokens=226,
 )

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dit_sparse.errors import UnsupportedError
 from dit_sparse.grid import LatentsGrid
 
@@ -16,6 +18,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     Shape = tuple[int, int, int, int]  # frames, height, width (tokens), text tokens
+
+
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Make a tensor that has a shape and no data."""
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _no_example(*_: Any) -> dict[str, Any]:
+    raise UnsupportedError("this family does not say how to call its transformer without data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,10 @@ class Family:
         batched_cfg: The pipeline runs both guidance branches as one batch.
         shape_input: Forward argument that ``shape`` reads values from (a device read); while the
             very same object comes again, the shape is not computed anew.
+        example: ``(config, latent frames, latent height, latent width, text tokens)`` -> forward
+            arguments without data (device "meta", but for ``shape_input``), one sample.
+        text_tokens: Text tokens that its pipeline passes where it is not told.
+        compression: Pixels of a latent pixel's side, and frames of a latent frame, in its VAE.
     """
 
     name: str
@@ -41,6 +56,9 @@ class Family:
     text_padding: bool = False
     batched_cfg: bool = False
     shape_input: str | None = None
+    example: Callable[[Any, int, int, int, int], dict[str, Any]] = _no_example
+    text_tokens: int = 512
+    compression: tuple[int, int] = (8, 4)
 
     def attention_modules(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """List the main self-attention modules in the order of their layers."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family
+import torch
+
+from dit_sparse.pipelines.family import Family, empty
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -23,10 +25,27 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:  # noqa: ARG001  (one s
     return 1, int(last[1]) + 1, int(last[2]) + 1, text
 
 
+def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Make forward arguments without data; two by two latent pixels are packed into a token."""
+    del frames
+    ids = torch.zeros(height // 2, width // 2, 3)
+    ids[-1, -1] = torch.tensor([0, height // 2 - 1, width // 2 - 1])
+    return {
+        "hidden_states": empty(1, (height // 2) * (width // 2), config.in_channels),
+        "encoder_hidden_states": empty(1, text, config.joint_attention_dim),
+        "pooled_projections": empty(1, config.pooled_projection_dim),
+        "timestep": empty(1),
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": empty(text, 3),
+        "guidance": empty(1) if config.guidance_embeds else None,
+    }
+
+
 FLUX = Family(
     name="flux",
     attention=r"(single_)?transformer_blocks\.\d+\.attn",
     shape=shape,
     text_first=True,
     shape_input="img_ids",
+    example=example,
 )

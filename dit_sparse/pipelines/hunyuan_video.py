@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family
+import torch
+
+from dit_sparse.pipelines.family import Family, empty
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -22,9 +24,23 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:
     return frames // config.patch_size_t, height // patch, width // patch, text
 
 
+def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Make forward arguments without data."""
+    return {
+        "hidden_states": empty(1, config.in_channels, frames, height, width),
+        "timestep": empty(1),
+        "encoder_hidden_states": empty(1, text, config.text_embed_dim),
+        "encoder_attention_mask": empty(1, text, dtype=torch.bool),
+        "pooled_projections": empty(1, config.pooled_projection_dim),
+        "guidance": empty(1),
+    }
+
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     attention=r"(single_)?transformer_blocks\.\d+\.attn",
     shape=shape,
     text_padding=True,
+    example=example,
+    text_tokens=256,
 )

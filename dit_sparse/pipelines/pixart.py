@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.family import Family, empty
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -17,6 +17,22 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:
     return 1, height // config.patch_size, width // config.patch_size, 0
 
 
+def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Make forward arguments without data."""
+    del frames
+    return {
+        "hidden_states": empty(1, config.in_channels, height, width),
+        "encoder_hidden_states": empty(1, text, config.caption_channels),
+        "timestep": empty(1),
+        "added_cond_kwargs": {"resolution": empty(1, 2), "aspect_ratio": empty(1, 1)},
+    }
+
+
 PIXART = Family(
-    name="pixart", attention=r"transformer_blocks\.\d+\.attn1", shape=shape, batched_cfg=True
+    name="pixart",
+    attention=r"transformer_blocks\.\d+\.attn1",
+    shape=shape,
+    batched_cfg=True,
+    example=example,
+    text_tokens=300,
 )

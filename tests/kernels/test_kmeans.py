@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dit_sparse.errors import KernelError
 from dit_sparse.kernels import chunks
+from dit_sparse.kernels import kmeans as kernel
 from dit_sparse.kernels.chunks import seeded_order
 from dit_sparse.kernels.kmeans import cluster_order, expand_clusters, kmeans
 from dit_sparse.kernels.permute import gather_tokens
@@ -40,10 +41,10 @@ def test_kmeans_is_lloyds(seed, batch, heads, tokens, clusters, iterations, warm
     points = attention_inputs(seed, batch, tokens, heads, 4)[0]
     start = torch.randn(batch, heads, clusters, 4, generator=generator(seed), dtype=torch.float64)
     if not warm:
-        order = seeded_order(seed, (batch, heads), tokens, points.device)
+        order = seeded_order(seed, (heads,), tokens, points.device)
         for b in range(batch):
             for h in range(heads):
-                token = [int(order[b, h, c % tokens]) for c in range(clusters)]
+                token = [int(order[h, c % tokens]) for c in range(clusters)]
                 start[b, h] = points[b, token, h]
     centroids, labels, counts = kmeans(
         points, clusters, iterations, init=start if warm else None, seed=seed
@@ -70,6 +71,26 @@ def test_a_seed_decides_and_chunks_do_not(monkeypatch, dtype):
     assert torch.equal(first[1], again[1])
     torch.testing.assert_close(first[0], again[0])
     assert not torch.equal(first[1], other[1])
+
+
+def test_on_the_cpu_it_ends_once_no_label_changes(monkeypatch):
+    points = attention_inputs(3, 1, 40, 2, 4)[0]
+    step, steps = kernel._lloyd, []
+    monkeypatch.setattr(kernel, "_lloyd", lambda *args: steps.append(1) or step(*args))
+    monkeypatch.setattr(chunks, "BUDGET_CPU", 1)  # head by head
+    ended = kmeans(points, 5, 1000)
+    assert 4 < len(steps) < 200
+    mean, label = lloyd(points[0, :, 1], ended[0][0, 1].double(), 1)
+    assert torch.equal(ended[1][0, 1].long(), label)  # where it ended nothing moves
+    torch.testing.assert_close(ended[0][0, 1].double(), mean, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sample_is_clustered_alike_in_any_batch():
+    points = attention_inputs(2, 3, 80, 2, 8)[0]
+    together = kmeans(points, 9, 3, seed=4)
+    for b in range(3):
+        for ours, alone in zip(together, kmeans(points[b : b + 1], 9, 3, seed=4), strict=True):
+            torch.testing.assert_close(ours[b : b + 1], alone)
 
 
 def test_more_clusters_than_tokens_and_warm_start_of_another_shape():

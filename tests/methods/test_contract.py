@@ -25,10 +25,14 @@ KEEP_EVERYTHING = {
     "adaspa": {"density": 1.0},
     "blade": {"density": 1.0, "threshold": 1.0},
     "dense": {},
+    "gna": {"window": [99, 99, 99]},
     "pooled": {"density": 1.0},
     "radial": {"form": "paper", "decay_factor": 1e9},
     "rettention": {"mask_params": {"decay_factor": 1e9}},
+    "sparse_vdit": {"patterns": "full"},
     "sparsed": {"density": 1.0},
+    "svg": {"density": 1.0},
+    "svg2": {"top_p": 1.0},
     "xattention": {"threshold": 1.0},
 }
 NUM_STEPS = 6

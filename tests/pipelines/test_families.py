@@ -17,9 +17,13 @@ EVERYTHING = {
     "radial": {"form": "paper", "decay_factor": 1e9, "block_size": 16},
     "adaspa": {"density": 1.0, "search_steps": (0.0, 0.5)},
     "pooled": {"density": 1.0, "block_size": 16},
+    "gna": {"window": (99, 99, 99)},
     "blade": {"density": 1.0, "threshold": 1.0, "block_size": 16},
     "rettention": {"mask_params": {"decay_factor": 1e9, "block_size": 16}},
+    "sparse_vdit": {"patterns": "full", "block_size": 16},
     "sparsed": {"density": 1.0, "search_step": 0.0, "block_size": 16},
+    "svg": {"density": 1.0, "block_size": 16},
+    "svg2": {"top_p": 1.0, "block_size": 16},
     "xattention": {"threshold": 1.0, "block_size": 16},
 }
 # Parameters with which it drops blocks on the tiny grids.
@@ -27,9 +31,13 @@ SPARSE = {
     "radial": {"form": "paper", "decay_factor": 0.3, "block_size": 8},
     "adaspa": {"density": 0.4, "block_size": 8, "search_steps": (0.0, 0.5)},
     "pooled": {"density": 0.4, "block_size": 8, "refresh": 2},
+    "gna": {"window": (2, 3, 3), "tile": (2, 2, 2)},
     "blade": {"density": 0.4, "samples": 4, "pooled": 6, "block_size": 8},
     "rettention": {"mask_params": {"decay_factor": 0.3, "block_size": 8}, "refresh": 3},
+    "sparse_vdit": {"patterns": ("multi_diagonal", "skip"), "block_size": 8},
     "sparsed": {"density": 0.4, "search_step": 0.0, "block_size": 8},
+    "svg": {"density": 0.4, "rows": 16, "sink": False, "block_size": 8},
+    "svg2": {"top_p": 0.5, "first_iterations": 5, "compensate": "cluster_mean", "block_size": 8},
     "xattention": {"threshold": 0.6, "stride": 4, "block_size": 8},
 }
 

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse forecast``: what could be gained, from config files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, first_line
+from dit_sparse.cli.source import SampleDefaults, local_folder
+
+if TYPE_CHECKING:
+    from dit_sparse.forecast import Forecast
+    from dit_sparse.pipelines.known import KnownModel
+
+EXAMPLES = (
+    "dit-sparse forecast hunyuan-video --strategy radial",
+    "dit-sparse forecast wan2.1-14b --height 480 --width 832 --density 0.25",
+    "dit-sparse forecast samples/wan-tiny --strategy wan-tiny.adaspa",
+)
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(help="A known name (hunyuan-video, wan2.1-14b, ...), folder or Hub id."),
+    ],
+    height: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, max=10_000, help="Frames.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="A shipped strategy, a file, a Hub repository or a method's name.",
+            show_default="none: any method, a tenth of the steps dense",
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0001,
+            max=1.0,
+            help="Kept share of pairs on sparse calls.",
+            show_default="the strategy's where it can be known, else 0.25",
+        ),
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=2.0, help="Kernel efficiency, see bench.", show_default="0.9, assumed"
+        ),
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="Take the efficiency from a file that bench wrote (its median)."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file; replaced if it is there.")
+    ] = None,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Forecast gain and memory without weights or a GPU.
+
+    Counts what the transformer computes at this size (text encoders and VAE left out), and says
+    when sparse attention is not worth it.
+    """
+    if efficiency is not None and bench is not None:
+        raise UserError("--efficiency and --bench both tell the efficiency; give one")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"{output}: not a file name in a folder that exists")
+    measured = None if bench is None else _efficiency(bench)
+    with ERR.status(f"counting {model}"):
+        from dit_sparse.forecast import EFFICIENCY, better_size, forecast
+        from dit_sparse.pipelines.size import model_size
+        from dit_sparse.strategy import Strategy, config_hash
+
+        found, vae = _model(model)
+        rows, columns = height or found.height, width or found.width
+        count = frames or found.num_frames
+        remarks: tuple[str, ...] = ()
+        asked = None if strategy is None else Strategy.coerce(strategy)
+        size = model_size(found.config, rows, columns, count, vae=vae)
+        if asked is not None:
+            stages = (
+                ("transformer", "transformer_2")
+                if size.class_name.startswith("Wan")
+                else ("transformer",)
+            )
+            remarks = asked.validate_for(
+                size.class_name,
+                size.layers,
+                size.heads,
+                stages=stages,
+                config_hash=config_hash(found.config),
+            )
+        told = forecast(
+            size,
+            asked,
+            num_steps=steps or found.num_steps,
+            density=density,
+            efficiency=efficiency or measured or EFFICIENCY,
+            batch=2 if size.family.batched_cfg else 1,
+        )
+        better = better_size(size, rows, columns)
+    source = "given" if efficiency else f"median of {bench}" if bench else "assumed"
+    length = f", {count} frames" if count > 1 else ""
+    title = f"{model}, {rows} x {columns} pixels{length}, {steps or found.num_steps} steps"
+    OUT.print(_table(told, title, source, better))
+    for warning in (*remarks, *told.warnings):
+        OUT.print(f"[bold yellow]{warning}[/]", highlight=False)
+    if output is not None:
+        _save(output, told, title, source)
+
+
+def _model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
+    """Find a model's transformer config, its usual size, and its VAE's config."""
+    from dit_sparse.pipelines.known import KNOWN_MODELS, KnownModel, known_model
+
+    if name in KNOWN_MODELS:
+        return known_model(name), None
+    folder = local_folder(name) if Path(name).exists() or "/" in name else None
+    if folder is None and "/" not in name:
+        known_model(name)  # says which names there are
+    config = _config(name, folder, "transformer")
+    if config is None:
+        raise UserError(f"{name}: has no transformer/config.json")
+    defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
+    usual = next(
+        (k for k in KNOWN_MODELS.values() if k.config["_class_name"] == config["_class_name"]),
+        KnownModel({}, 1024, 1024),
+    )
+    return KnownModel(
+        config,
+        defaults.height or usual.height,
+        defaults.width or usual.width,
+        defaults.num_frames or usual.num_frames,
+        defaults.num_inference_steps or usual.num_steps,
+    ), _config(name, folder, "vae")
+
+
+def _config(name: str, folder: Path | None, part: str) -> dict[str, Any] | None:
+    """Read ``part/config.json`` of a folder, or download just that file."""
+    path = None if folder is None else folder / part / "config.json"
+    try:
+        if path is None:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(name, f"{part}/config.json"))
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the network, the Hub, the file: what was named is wrong
+        raise UserError(f"{name}: {part}/config.json: {first_line(error)}") from error
+    return found
+
+
+def _efficiency(path: Path) -> float:
+    """Take the median efficiency of a benchmark's file."""
+    import statistics
+
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+        return float(statistics.median(r["efficiency"] for r in rows if r["efficiency"]))
+    except (OSError, ValueError, KeyError, TypeError, statistics.StatisticsError) as error:
+        raise UserError(f"{path}: no file that bench wrote: {first_line(error)}") from error
+
+
+def _table(told: Forecast, title: str, source: str, better: tuple[int, int] | None) -> Table:
+    size = told.size
+    table = Table(title=title, show_header=False, box=None, padding=(0, 2, 0, 2))
+    whole = size.attention_flops + size.other_flops
+    alone = "frames are whole blocks of 128"
+    rows = [
+        ("transformer", f"{size.class_name}, {_si(size.parameters)} weights"),
+        ("tokens", f"{size.grid.tokens:,} ({size.grid})"),
+        ("layers x heads x head_dim", f"{size.layers} x {size.heads} x {size.head_dim}"),
+        ("self-attention", f"{_si(size.attention_flops)} of {_si(whole)} FLOP a pass"),
+        ("", f"{told.share:.0%} of a pass's time"),
+        ("upper bound of the gain", f"{told.cap:.2f} x, if attention took no time"),
+        ("sparse calls", f"{told.sparse_share:.0%} of all"),
+        ("density of these", f"{told.density:.1%} ({told.density_from})"),
+        ("kernel efficiency", f"{told.efficiency:.2f} ({source})"),
+        ("planning", f"{told.planning:.1%} of dense attention (assumed)"),
+        ("expected gain", f"{told.gain:.2f} x (text encoders and VAE not counted)"),
+        ("remembered, one pass", f"{_si(told.state_bytes)}B"),
+        *((f"  {m.method}", f"{_si(m.state_bytes)}B a layer") for m in told.methods),
+        *((f"  {m.method}", f"{_si(m.shared_bytes)}B for all layers") for m in told.methods),
+        ("kernel here", _kernel()),
+        (
+            "nearest better size",
+            f"this one: {alone}" if better is None else f"{better[0]} x {better[1]}: {alone}",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _si(number: float) -> str:
+    """Write a number with a unit's prefix: 12.3 G."""
+    for prefix, unit in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= unit:
+            return f"{number / unit:.1f} {prefix}"
+    return f"{number:.0f} "
+
+
+def _kernel() -> str:
+    """Name the kernel that would run on this machine."""
+    import torch
+
+    from dit_sparse.backends import BY_NAME_ONLY, Backends
+
+    there = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if there else ("cpu", torch.float32)
+    names = [
+        name
+        for name, reasons in Backends().explain(device, dtype)
+        if not reasons and name not in BY_NAME_ONLY
+    ]
+    return f"{names[0]} ({device})" if names else f"none can run on {device}; see doctor"
+
+
+def _save(path: Path, told: Forecast, title: str, source: str) -> None:
+    from dataclasses import asdict
+
+    plain = asdict(told)
+    size = plain.pop("size")
+    size.pop("family")
+    text = json.dumps(
+        {"title": title, "efficiency_from": source, "worth_it": told.worth_it, **plain,
+         "size": size},
+        indent=1, allow_nan=False,
+    )  # fmt: skip
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

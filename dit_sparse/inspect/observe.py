@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Get the plans of one layer at one step: from a method alone, or from a running pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_sparse.apply import enable
+from dit_sparse.backends import Backends
+from dit_sparse.call import AttentionCall
+from dit_sparse.errors import StrategyError
+from dit_sparse.head_groups import select_heads
+from dit_sparse.inspect.view import HeadView, views_of
+from dit_sparse.synthetic import structured_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.plan import BlockPlan
+    from dit_sparse.strategy import Strategy
+
+Token = tuple[int, int, int]
+
+
+def observe_synthetic(
+    strategy: Strategy,
+    grid: LatentsGrid,
+    *,
+    heads: int,
+    head_dim: int,
+    num_layers: int,
+    layer: int = 0,
+    step: int = 0,
+    num_steps: int = 50,
+    token: Token | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[HeadView]:
+    """Play one layer up to a step on synthetic queries and keys (``synthetic.py``).
+
+    What a static method keeps is exact; what a dynamic one keeps depends on the content, and
+    this content is no model's.
+
+    Args:
+        strategy: Which method where.
+        grid: Where the tokens stand.
+        heads: Heads of the layer.
+        head_dim: Width of one.
+        num_layers: Layers of the model.
+        layer: Which of them.
+        step: Step whose plans are shown.
+        num_steps: Steps of the generation.
+        token: Query token (frame, row, column) whose keys are shown; None: the middle one.
+        seed: Of queries and keys.
+        progress: Called with (steps done, steps in all).
+
+    Returns:
+        One view per head that is sparse there, ascending; dense heads are left out.
+    """
+    query, key, value = structured_inputs(grid, heads, head_dim, seed=seed)
+    ops = Backends()
+    states: dict[int | None, dict[str, Any]] = {}
+    shared: dict[Hashable, Any] = {}
+    found: list[HeadView] = []
+    with torch.no_grad():
+        for now in range(step + 1):
+            if progress is not None:
+                progress(now, step + 1)
+            call = AttentionCall(
+                query,
+                key,
+                value,
+                grid,
+                head_dim**-0.5,
+                layer=layer,
+                num_layers=num_layers,
+                heads=tuple(range(heads)),
+                step=now,
+                num_steps=num_steps,
+                shared=shared,
+            )
+            for rule, method, own in strategy.assign(
+                layer=layer,
+                step=now,
+                num_steps=num_steps,
+                stage="transformer",
+                num_heads=heads,
+                num_layers=num_layers,
+            ):
+                if method is None or rule is None:
+                    continue
+                part = select_heads(call, own)
+                part.state = states.setdefault(rule, {})
+                plan = method.plan(part, ops)
+                if plan is None:
+                    continue
+                if now == step:
+                    found += views_of(plan, own, strategy.rules[rule].method, grid, token)
+                    continue
+                output, lse = ops.attend(part.query, part.key, part.value, plan, part.scale)
+                method.finish(part, output, lse, ops)
+    return sorted(found, key=lambda view: view.head)
+
+
+def observe_pipeline(
+    pipe: Any,
+    strategy: Strategy,
+    arguments: dict[str, Any],
+    *,
+    layer: int = 0,
+    step: int = 0,
+    token: Token | None = None,
+) -> tuple[list[HeadView], LatentsGrid]:
+    """Run a pipeline with a strategy and view one layer at one step, as it ran.
+
+    Args:
+        pipe: A Diffusers pipeline with nothing attached.
+        strategy: Which method where.
+        arguments: Of the pipeline's call.
+        layer: Which layer.
+        step: Which step.
+        token: Query token (frame, row, column) whose keys are shown; None: the middle one.
+
+    Returns:
+        One view per head that was sparse there (conditional branch, first sample), and the grid.
+
+    Raises:
+        StrategyError: That layer was not called at that step.
+    """
+    found: list[HeadView] = []
+    grids: list[LatentsGrid] = []
+
+    def watch(call: AttentionCall, plan: BlockPlan | None, method: str) -> None:
+        if call.layer != layer or call.step != step or call.branch == "uncond":
+            return
+        grids.append(call.grid)
+        if plan is not None:
+            found.extend(views_of(plan, call.heads, method, call.grid, token))
+
+    with enable(pipe, strategy) as handle, torch.no_grad():
+        handle.watch = watch
+        pipe(**arguments)
+    if not grids:
+        raise StrategyError(
+            f"layer {layer} was not called at step {step}: the pipeline made "
+            f"{handle.num_steps} steps, its transformers have "
+            f"{max(stage.num_layers for stage in handle.stages.values())} layers"
+        )
+    return sorted(found, key=lambda view: view.head), grids[0]

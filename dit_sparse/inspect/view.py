@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a plan back into the model's own token order, whatever order it computes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from dit_sparse.tiles import unpack_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.plan import BlockPlan
+
+MAP_SIDE = 192  # queries that stand for all in a map, and bins of keys
+_CHUNK = 8  # query tokens read at a time: a row of keys is as long as the sequence
+
+
+@dataclass(frozen=True, slots=True)
+class HeadView:
+    """What one head keeps.
+
+    Args:
+        head: Its index in the model.
+        method: Which method chose.
+        density: Kept share of all (query, key) pairs.
+        kept_map: Share kept of each bin of pairs, tokens in the model's order, in [0, 1]:
+            ``[queries, keys]``, at most ``MAP_SIDE`` each. A query stands for those around it.
+        seen: Whether one query token reads each video token: bool ``[frames, height, width]``.
+        text_seen: Share of the text tokens that it reads; None where there is no text.
+    """
+
+    head: int
+    method: str
+    density: float
+    kept_map: Tensor
+    seen: Tensor
+    text_seen: float | None
+
+
+def kept_keys(plan: BlockPlan, i_batch: int, i_head: int, tokens: Sequence[int]) -> Tensor:
+    """Tell which keys each query token reads: bool ``[len(tokens), plan.key_length]``.
+
+    Args:
+        plan: Any plan; it is read on the CPU.
+        i_batch: Sample.
+        i_head: Head, of the plan's own.
+        tokens: Query tokens, in the model's order.
+    """
+    index, count = (_pick(x, i_batch, i_head) for x in (plan.kv_indices, plan.kv_num_blocks))
+    tile = None if plan.partial is None else _pick(plan.partial, i_batch, i_head)
+    q_start, q_length = (_pick(x, i_batch, i_head) for x in (plan.q.starts, plan.q.lengths))
+    k_start, k_length = (_pick(x, i_batch, i_head) for x in (plan.kv.starts, plan.kv.lengths))
+    slot_of = _slots(plan.q_permutation, i_batch, i_head, plan.query_length)
+    token_of = None if plan.kv_permutation is None else _pick(plan.kv_permutation, i_batch, i_head)
+    kept = torch.zeros(len(tokens), plan.key_length, dtype=torch.bool)
+    for row, token in enumerate(tokens):
+        slot = int(token if slot_of is None else slot_of[token])
+        inside = ((q_start <= slot) & (slot < q_start + q_length)).nonzero()
+        if slot < 0 or not len(inside):
+            continue
+        block = int(inside[0, 0])
+        for entry in range(int(count[block])):
+            i_kv = int(index[block, entry])
+            start, length = int(k_start[i_kv]), int(k_length[i_kv])
+            found = torch.arange(start, start + length)
+            number = -1 if tile is None else int(tile[block, entry])
+            if number >= 0:
+                assert plan.tiles is not None
+                bits = plan.tiles[number, slot - int(q_start[block])].cpu()
+                found = found[unpack_tiles(bits, length)]
+            if token_of is not None:
+                found = token_of[found]
+                found = found[found >= 0]
+            kept[row, found] = True
+    return kept
+
+
+def _pick(tensor: Tensor, i_batch: int, i_head: int) -> Tensor:
+    return tensor[i_batch % tensor.shape[0], i_head % tensor.shape[1]].cpu()
+
+
+def _slots(permutation: Tensor | None, i_batch: int, i_head: int, tokens: int) -> Tensor | None:
+    """Where each token stands; -1: nowhere."""
+    if permutation is None:
+        return None
+    order = _pick(permutation, i_batch, i_head)
+    slot = torch.full((tokens,), -1, dtype=torch.int64)
+    live = (order >= 0).nonzero().flatten()
+    slot[order[live]] = live
+    return slot
+
+
+def views_of(
+    plan: BlockPlan,
+    heads: Sequence[int],
+    method: str,
+    grid: LatentsGrid,
+    token: tuple[int, int, int] | None = None,
+) -> list[HeadView]:
+    """View the first sample of a plan, head by head.
+
+    Args:
+        plan: The plan.
+        heads: Its heads' indices in the model.
+        method: Who made it.
+        grid: Where the tokens stand.
+        token: Query token (frame, row, column) whose keys are shown; None: the middle one.
+    """
+    frame, row, column = token or (grid.frames // 2, grid.height // 2, grid.width // 2)
+    inside = (frame * grid.height + row) * grid.width + column
+    chosen = grid.video_start + inside
+    density = plan.density()
+    # Queries in the middle of equal spans; keys counted in equal bins.
+    side = min(MAP_SIDE, grid.tokens)
+    sampled = [(2 * i + 1) * grid.tokens // (2 * side) for i in range(side)]
+    bin_of = torch.arange(grid.tokens) * side // grid.tokens
+    size = torch.bincount(bin_of, minlength=side)
+    found = []
+    for i_head, head in enumerate(heads):
+        rows = [
+            torch.zeros(len(part), side).index_add_(
+                1, bin_of, kept_keys(plan, 0, i_head, part).float()
+            )
+            for part in (sampled[i : i + _CHUNK] for i in range(0, side, _CHUNK))
+        ]
+        keys = kept_keys(plan, 0, i_head, [chosen])[0]
+        text = keys[grid.text_start : grid.text_start + grid.text_length]
+        video = keys[grid.video_start : grid.video_start + grid.video_tokens]
+        found.append(
+            HeadView(
+                head=head,
+                method=method,
+                density=float(density[0, i_head % density.shape[1]]),
+                kept_map=torch.cat(rows) / size,
+                seen=video.view(grid.frames, grid.height, grid.width),
+                text_seen=float(text.float().mean()) if grid.text_length else None,
+            )
+        )
+    return found

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neighborhood attention: each token sees a window around it, shared by runs of tokens on request.
+
+Source: Hassani et al. 2025, "Generalized Neighborhood Attention", arXiv:2504.16922, and NATTEN.
+Static: the same for every layer, head and step; made once per geometry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.methods.windows import AxisRule, product_plan
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.methods.order import Ordered
+
+    Three = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class GNA:
+    """Keep, for every video token, a window of frames x rows x columns around it.
+
+    The rule holds on each axis for itself (``windows.AxisRule`` has it in full); a key is kept
+    where all three allow it. At the grid's borders the window is shifted inwards, never cut: each
+    query keeps exactly the product of the window's extents. Text queries and text keys are kept
+    whole; padding takes no part.
+
+    Tokens are ordered in 3-D tiles, one block each, so that kept keys share blocks; with a
+    dilation the tokens of one group stand together. A block that a window's border cuts is cut
+    there by a bit tile, so the kept pairs are the rule's own. Fewest blocks are cut where the
+    stride is the tile, the window an odd number of tiles and the grid a whole number.
+
+    Where the grid is small, an image being one frame: dilation is cut to the axis's length, then
+    the window to (length // dilation), the stride to the window. A window as large as the grid is
+    dense attention. On an axis shorter than the tile, the tile is as long as the axis, and its
+    other sides are doubled while the block holds no more tokens than ``tile``.
+
+    Args:
+        window: Tokens that a query sees along frames, rows and columns, each >= 1. Larger is
+            closer to dense and slower. The default is the paper's for HunyuanVideo.
+        stride: Neighbours that share one window, each in [1, window]; 1 is neighborhood
+            attention, ``window`` is blocked attention. Larger is faster, at the same density.
+        dilation: Steps from one token of a window to the next, each >= 1; 1 is a solid window.
+        tile: Frames, rows and columns of a block; at most 1024 tokens. Kernels are fastest at
+            128; 3 x 5 x 8 = 120 divides Wan's 21 x 45 x 80.
+        exact: Cut blocks at the window's border. False keeps whole every block that the window
+            touches: denser, but open to kernels without bit tiles.
+    """
+
+    summary: ClassVar[str] = (
+        "static window of frames x rows x columns with stride and dilation (GNA, 2504.16922)"
+    )
+
+    window: tuple[int, int, int] = (18, 24, 24)
+    stride: tuple[int, int, int] = (1, 1, 1)
+    dilation: tuple[int, int, int] = (1, 1, 1)
+    tile: tuple[int, int, int] = (4, 4, 8)
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, example in (
+            ("window", [18, 24, 24]), ("stride", [1, 1, 1]), ("dilation", [1, 1, 1]),
+            ("tile", [4, 4, 8]),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if len(value) != 3 or min(value) < 1:
+                raise StrategyError(
+                    f"{name} must hold three counts of at least 1 (frames, rows, columns), got "
+                    f"{list(value)}; try {example}"
+                )
+        if any(s > w for s, w in zip(self.stride, self.window, strict=True)):
+            raise StrategyError(
+                f"stride must not exceed window on any axis, got {list(self.stride)} for "
+                f"{list(self.window)}"
+            )
+        if prod(self.tile) > 1024:
+            raise StrategyError(
+                f"tile must hold at most 1024 tokens, got {list(self.tile)} = {prod(self.tile)}; "
+                "try [4, 4, 8]"
+            )
+
+    def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
+        """Look up (or build, once per geometry) the plan; leave padded text keys out."""
+        grid, device = call.grid, call.query.device
+        plan, ordered = call.once((self, grid, device), lambda: self._build(grid, device))
+        if ordered is None:
+            return plan.with_keys(call.key_layout(prod(self.tile)))
+        return plan.with_keys(ordered.key_layout(call.text_valid))
+
+    def finish(
+        self,
+        call: AttentionCall,  # noqa: ARG002
+        output: Tensor,
+        lse: Tensor,  # noqa: ARG002
+        ops: Ops,  # noqa: ARG002
+    ) -> Tensor:
+        """Return the output as it is: nothing stands in for what was dropped."""
+        return output
+
+    def fitted(self, grid: LatentsGrid) -> tuple[Three, Three, Three, Three]:
+        """Give window, stride, dilation and tile as they are on this grid."""
+        extents = (grid.frames, grid.height, grid.width)
+        dilation = tuple(map(min, self.dilation, extents))
+        groups = tuple(n // d for n, d in zip(extents, dilation, strict=True))
+        window = tuple(map(min, self.window, groups))
+        stride = tuple(map(min, self.stride, window))
+        room = [-(-n // d) for n, d in zip(extents, dilation, strict=True)]
+        tile = list(map(min, self.tile, room))
+        axis, tried = 1, 0
+        while tried < 3:  # rows, columns, frames in turn, until none can grow
+            if 2 * tile[axis] <= room[axis] and 2 * prod(tile) <= prod(self.tile):
+                tile[axis] *= 2
+                tried = 0
+            else:
+                tried += 1
+            axis = (axis + 1) % 3
+        return window, stride, dilation, tuple(tile)  # type: ignore[return-value]
+
+    def _build(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, Ordered | None]:
+        extents = (grid.frames, grid.height, grid.width)
+        window, stride, dilation, tile = self.fitted(grid)
+        rules = tuple(map(AxisRule, extents, window, stride, dilation))
+        block = prod(self.tile)
+        found = product_plan(grid, rules, tile, block, exact=self.exact)
+        if found is None:
+            layout = grid.layout(block)
+            return BlockPlan.full(layout, layout).to(device), None
+        plan, ordered = found
+        return plan.to(device), ordered.to(device)

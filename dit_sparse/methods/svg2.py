@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVG2: tokens grouped by k-means, clusters chosen by their centroids.
+
+Source: Yang et al. 2025, "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via
+Semantic-Aware Permutation", arXiv:2505.18875; compensation by cluster means after Zhou et al.
+2026, "SVG-EAR", arXiv:2603.08982.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dit_sparse.errors import StrategyError
+from dit_sparse.methods.clusters import (
+    cluster_side,
+    clustered_plan,
+    merge_cluster_means,
+)
+from dit_sparse.methods.lists import check_block_size, check_refresh, check_share, identity
+from dit_sparse.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.call import AttentionCall, Ops
+
+_SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
+
+
+@dataclass(frozen=True, slots=True)
+class SVG2:
+    """Cluster queries and keys, keep for every query cluster the key clusters with most weight.
+
+    K-means (Lloyd, Euclidean) groups the video's queries and, apart, its keys; values follow keys.
+    Query cluster i weighs key cluster j of n_j keys by n_j exp(c_i . c_j * scale) over the sum of
+    this over all j (centroids c, fp32). Clusters are kept heaviest first while the weight before
+    them is below ``top_p``, and at least int(``floor`` * key clusters) of them; empty ones never.
+    Tokens are reordered so that a cluster's stand side by side; each is cut into blocks of at most
+    ``block_size``. Text queries and text keys are kept whole in blocks of their own and are not
+    clustered; padding takes no part.
+
+    The first sparse call of a run draws its centroids among the tokens (seeded) and runs
+    ``first_iterations``; later ones start from the last centroids and run ``iterations``. Samples,
+    heads, layers and CFG branches each have their own, and a new run starts anew. (The released
+    code shares them between branches, keeps them from one video to the next, and holds a batch to
+    one.) No iteration is spent on dense steps.
+
+    Small grids: there is no more than one query cluster for each block_size / 2 video tokens and
+    one key cluster for each block_size / 4, rounded up, so that blocks do not fray; at block size
+    128 the published counts stand from 32k tokens on.
+
+    Memory: (query_clusters + key_clusters) * head_dim numbers a head, in the model's dtype: 0.53
+    GB for Wan 14B at 720p and each branch.
+
+    Args:
+        query_clusters: Clusters of queries, >= 1. The released scripts have 300 (Wan 720p), 400
+            (HunyuanVideo 720p) and 200 (480p), the paper 100. More choose finer; blocks get
+            shorter and the kernel slower.
+        key_clusters: Clusters of keys, >= 1; the scripts have 1000, the paper 500.
+        top_p: Share of the weight to hold, in (0, 1]; 0.9 in the scripts. 1 keeps everything.
+        floor: Share of key clusters that a query cluster keeps at least, in [0, 1]; 0.1 in the
+            scripts, which bounds the density from below.
+        first_iterations: Of k-means on the first sparse call, >= 1; 50 in the scripts. For S
+            tokens they take 25 * (query_clusters + key_clusters) / S of a dense call's
+            multiplications, once: 0.43 for Wan at 720p.
+        iterations: On every later choice, >= 1; 2 in the scripts (1.7 % of dense there).
+        compensate: "none", or "cluster_mean": each dropped cluster is read as one key, its mean
+            key and mean value with weight n_j, merged in fp32. Costs key_clusters keys per query;
+            the plan's density does not count them. SVG-EAR's compensation, without its choice of
+            clusters by error and cost.
+        refresh: Steps for which clusters and choice live, >= 1; 1 in the scripts. Higher is
+            cheaper and staler, and keeps the plan in memory.
+        seed: For the draw of the first centroids, from 0.
+        block_size: Tokens in a block at most, 1 to 1024.
+    """
+
+    summary: ClassVar[str] = (
+        "dynamic: k-means clusters of queries and keys, chosen by centroid (SVG2, 2505.18875), "
+        "cluster means for the rest on request (SVG-EAR, 2603.08982)"
+    )
+
+    query_clusters: int = 300
+    key_clusters: int = 1000
+    top_p: float = 0.9
+    floor: float = 0.1
+    first_iterations: int = 50
+    iterations: int = 2
+    compensate: Literal["none", "cluster_mean"] = "none"
+    refresh: int = 1
+    seed: int = 0
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("query_clusters", "key_clusters", "first_iterations", "iterations"):
+            if getattr(self, name) < 1:
+                raise StrategyError(
+                    f"{name} must be at least 1, got {getattr(self, name)}; "
+                    f"try {type(self).__dataclass_fields__[name].default}"
+                )
+        check_share("top_p", self.top_p, zero=False, hint=0.9)
+        check_share("floor", self.floor, zero=True, hint=0.1)
+        if self.compensate not in {"none", "cluster_mean"}:
+            raise StrategyError(
+                f"compensate must be 'none' or 'cluster_mean', got {self.compensate!r}"
+            )
+        check_refresh(self.refresh)
+        if not 0 <= self.seed < 2**31:
+            raise StrategyError(f"seed must lie in [0, 2 ** 31), got {self.seed}")
+        check_block_size(self.block_size)
+
+    def clusters(self, video_tokens: int) -> tuple[int, int]:
+        """Give the query and key clusters that are used for so many video tokens."""
+        most_q, most_k = (
+            min(-(-parts * video_tokens // self.block_size), video_tokens) for parts in (2, 4)
+        )
+        return min(self.query_clusters, most_q), min(self.key_clusters, most_k)
+
+    def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
+        """Cluster and choose, or reuse the last choice."""
+        if self.top_p == 1 or self.floor == 1:  # nothing to choose
+            return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
+        state = call.state
+        if state.get("for") != identity(call) or call.step < state["made"]:
+            state.clear()
+            self._choose(call, ops)
+        elif "mask" not in state or call.step - state["made"] >= self.refresh:
+            self._choose(call, ops)
+        plan = clustered_plan(call, state["q"], state["kv"], state["mask"], ops)
+        if self.compensate == "none":
+            self._forget(call)
+        return plan
+
+    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
+        """Merge the means of dropped clusters into the video rows, where that is asked for."""
+        state = call.state
+        if self.compensate == "cluster_mean" and "mask" in state:
+            merge_cluster_means(call, state["q"], state["kv"], state["mask"], output, lse, ops)
+            self._forget(call)
+        return output
+
+    def _choose(self, call: AttentionCall, ops: Ops) -> None:
+        """Put clusters, their centroids and the kept pairs of them into the state."""
+        state, grid = call.state, call.grid
+        video = slice(grid.video_start, grid.video_start + grid.video_tokens)
+        found = []
+        for i_side, (name, x, clusters) in enumerate(
+            zip(("q", "kv"), (call.query, call.key), self.clusters(grid.video_tokens), strict=True)
+        ):
+            last = state.get(f"{name}_centroids")
+            state[name], centroids = cluster_side(
+                x[:, video],
+                clusters,
+                self.first_iterations if last is None else self.iterations,
+                self.block_size,
+                ops,
+                init=last,
+                seed=(self.seed * 1009 + call.layer) * 2 + i_side,
+            )
+            state[f"{name}_centroids"] = centroids.to(x.dtype)
+            found.append(centroids)
+        state["mask"] = self._kept(found[0], found[1], state["kv"].counts, call.scale, ops)
+        state["for"], state["made"] = identity(call), call.step
+
+    def _kept(
+        self, queries: Tensor, keys: Tensor, counts: Tensor, scale: float, ops: Ops
+    ) -> Tensor:
+        """Choose key clusters: bool ``[batch, heads, q_clusters, kv_clusters]``."""
+        empty = (counts == 0)[:, :, None]
+        # ln 0 = -inf: an empty cluster weighs nothing; a negative weight is no candidate.
+        score = queries @ keys.transpose(-1, -2) * scale + counts.float().log()[:, :, None]
+        weight = score.softmax(-1).masked_fill(empty, -1)
+        floor = int(self.floor * keys.shape[2] + _SLACK)
+        return ops.select_top_p(weight, self.top_p, floor)[0]
+
+    def _forget(self, call: AttentionCall) -> None:
+        """Drop what no later call will ask for."""
+        if self.refresh == 1:
+            for name in ("q", "kv", "mask"):
+                call.state.pop(name, None)
