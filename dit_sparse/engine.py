@@ -290,6 +290,8 @@ class SparseEngine:
             if plan is not None:
                 planned.append((plan, part, method, place))
                 continue
+            if method is not None:
+                self._mind(call, place)
             record.parts.append(Part(self._method_name(rule), heads, self._dense_name(site)))
             own = dense(part.query, part.key, part.value)
             if output is None:
@@ -339,10 +341,14 @@ class SparseEngine:
             part.recall = self._recall(call, lse)
         record.parts.append(part)
         finished: Tensor = method.finish(call, output, lse, self.backends)
-        self.memory.note(place)
-        if call.step == call.num_steps - 1:  # nothing will ask for it again
-            self.memory.drop(place)
+        self._mind(call, place)
         return finished
+
+    def _mind(self, call: AttentionCall, place: Hashable) -> None:
+        """Measure what a method remembers; free it where nothing will ask for it again."""
+        self.memory.note(place)
+        if call.step == call.num_steps - 1:
+            self.memory.drop(place)
 
     def _method_name(self, rule: int | None) -> str:
         return "dense" if rule is None else self.strategy.rules[rule].method

@@ -191,6 +191,20 @@ def test_command_line(tmp_path):
     assert "not worth it here" in result.stdout
 
 
+def test_every_method_at_a_published_size(tmp_path):
+    result = cli("hunyuan-video", "--all-methods", "-o", tmp_path / "m.json")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["methods"]
+    assert {row["method"] for row in told} == set(METHODS) - {"dense"}
+    by_name = {row["method"]: row for row in told}
+    # The residual of all video tokens in bf16, and a ratio in fp32 for each.
+    video = 33 * 45 * 80
+    wanted = video * 24 * (128 * 2 + 4)
+    assert by_name["rettention"]["state_bytes"] == pytest.approx(wanted, rel=0.02)
+    # Centroids in bf16 of 24 heads, queries and keys.
+    assert by_name["svg2"]["state_bytes"] < 24 * 2 * 2000 * 128 * 2
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -201,6 +215,7 @@ def test_command_line(tmp_path):
         (["wan2.1-14b", "--bench", "README.md"], "no file that bench wrote"),
         (["wan2.1-14b", "--bench", "README.md", "--efficiency", "1"], "give one"),
         (["wan2.1-14b", "-o", "."], "not a file name"),
+        (["wan2.1-14b", "--all-methods", "--strategy", "radial"], "give one"),
     ],
 )
 def test_bad_requests_are_refused(args, words):

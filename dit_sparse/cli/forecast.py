@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +15,15 @@ from dit_sparse.cli.console import ERR, OUT, Debug, UserError, first_line
 from dit_sparse.cli.source import SampleDefaults, local_folder
 
 if TYPE_CHECKING:
-    from dit_sparse.forecast import Forecast
+    from dit_sparse.forecast import Forecast, MethodForecast
     from dit_sparse.pipelines.known import KnownModel
+    from dit_sparse.pipelines.size import ModelSize
+    from dit_sparse.strategy import Strategy
 
 EXAMPLES = (
     "dit-sparse forecast hunyuan-video --strategy radial",
     "dit-sparse forecast wan2.1-14b --height 480 --width 832 --density 0.25",
+    "dit-sparse forecast wan2.1-14b --all-methods",
     "dit-sparse forecast samples/wan-tiny --strategy wan-tiny.adaspa",
 )
 
@@ -59,6 +63,12 @@ def run(
         Path | None,
         typer.Option(help="Take the efficiency from a file that bench wrote (its median)."),
     ] = None,
+    all_methods: Annotated[
+        bool,
+        typer.Option(
+            "--all-methods", help="A table of every method with its default params, instead."
+        ),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file; replaced if it is there.")
     ] = None,
@@ -73,43 +83,51 @@ def run(
         raise UserError("--efficiency and --bench both tell the efficiency; give one")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UserError(f"{output}: not a file name in a folder that exists")
+    if all_methods and strategy is not None:
+        raise UserError("--all-methods and --strategy both tell what would run; give one")
     measured = None if bench is None else _efficiency(bench)
     with ERR.status(f"counting {model}"):
-        from dit_sparse.forecast import EFFICIENCY, better_size, forecast
+        from dit_sparse.forecast import EFFICIENCY, better_size, forecast, forecast_method
+        from dit_sparse.methods import METHODS
+        from dit_sparse.methods.params import build_method
         from dit_sparse.pipelines.size import model_size
         from dit_sparse.strategy import Strategy, config_hash
 
         found, vae = _model(model)
         rows, columns = height or found.height, width or found.width
         count = frames or found.num_frames
-        remarks: tuple[str, ...] = ()
-        asked = None if strategy is None else Strategy.coerce(strategy)
         size = model_size(found.config, rows, columns, count, vae=vae)
-        if asked is not None:
-            stages = (
-                ("transformer", "transformer_2")
-                if size.class_name.startswith("Wan")
-                else ("transformer",)
+        batch = 2 if size.family.batched_cfg else 1
+        length = f", {count} frames" if count > 1 else ""
+        title = f"{model}, {rows} x {columns} pixels{length}, {steps or found.num_steps} steps"
+        if all_methods:
+            listed = [
+                forecast_method(
+                    name, build_method(name, {}), size, steps or found.num_steps, batch
+                )
+                for name in METHODS
+                if name != "dense"
+            ]
+        else:
+            remarks: tuple[str, ...] = ()
+            asked = None if strategy is None else Strategy.coerce(strategy)
+            if asked is not None:
+                remarks = _check(asked, size, config_hash(found.config))
+            told = forecast(
+                size,
+                asked,
+                num_steps=steps or found.num_steps,
+                density=density,
+                efficiency=efficiency or measured or EFFICIENCY,
+                batch=batch,
             )
-            remarks = asked.validate_for(
-                size.class_name,
-                size.layers,
-                size.heads,
-                stages=stages,
-                config_hash=config_hash(found.config),
-            )
-        told = forecast(
-            size,
-            asked,
-            num_steps=steps or found.num_steps,
-            density=density,
-            efficiency=efficiency or measured or EFFICIENCY,
-            batch=2 if size.family.batched_cfg else 1,
-        )
-        better = better_size(size, rows, columns)
+            better = better_size(size, rows, columns)
+    if all_methods:
+        OUT.print(_method_table(listed, size.layers, title))
+        if output is not None:
+            _write(output, {"title": title, "methods": [asdict(m) for m in listed]})
+        return
     source = "given" if efficiency else f"median of {bench}" if bench else "assumed"
-    length = f", {count} frames" if count > 1 else ""
-    title = f"{model}, {rows} x {columns} pixels{length}, {steps or found.num_steps} steps"
     OUT.print(_table(told, title, source, better))
     for warning in (*remarks, *told.warnings):
         OUT.print(f"[bold yellow]{warning}[/]", highlight=False)
@@ -170,6 +188,31 @@ def _efficiency(path: Path) -> float:
         raise UserError(f"{path}: no file that bench wrote: {first_line(error)}") from error
 
 
+def _check(asked: Strategy, size: ModelSize, config: str) -> tuple[str, ...]:
+    """Refuse a strategy that cannot be meant for this model; what is odd, but runs."""
+    wan = size.class_name.startswith("Wan")
+    stages = ("transformer", "transformer_2") if wan else ("transformer",)
+    return asked.validate_for(
+        size.class_name, size.layers, size.heads, stages=stages, config_hash=config
+    )
+
+
+def _method_table(listed: list[MethodForecast], layers: int, title: str) -> Table:
+    table = Table(title=f"{title}: every method by its default params, one pass")
+    for name in ("method", "density", "counted", "state a layer", "all layers", "shared"):
+        table.add_column(name, justify="left" if name in {"method", "counted"} else "right")
+    for m in listed:
+        table.add_row(
+            m.method,
+            "by content" if m.density is None else f"{m.density:.1%}",
+            "from plans" if m.exact else "by params" if m.density is not None else "",
+            f"{_si(m.state_bytes)}B",
+            f"{_si(m.state_bytes * layers)}B",
+            f"{_si(m.shared_bytes)}B",
+        )
+    return table
+
+
 def _table(told: Forecast, title: str, source: str, better: tuple[int, int] | None) -> Table:
     size = told.size
     table = Table(title=title, show_header=False, box=None, padding=(0, 2, 0, 2))
@@ -226,17 +269,15 @@ def _kernel() -> str:
 
 
 def _save(path: Path, told: Forecast, title: str, source: str) -> None:
-    from dataclasses import asdict
-
     plain = asdict(told)
     size = plain.pop("size")
     size.pop("family")
-    text = json.dumps(
-        {"title": title, "efficiency_from": source, "worth_it": told.worth_it, **plain,
-         "size": size},
-        indent=1, allow_nan=False,
-    )  # fmt: skip
+    known = {"title": title, "efficiency_from": source, "worth_it": told.worth_it}
+    _write(path, {**known, **plain, "size": size})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
