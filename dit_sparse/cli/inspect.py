@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dit_sparse.strategy import Strategy
 
 EXAMPLES = (
-    "dit-sparse inspect radial --grid 21x30x52 -o radial.png",
+    "dit-sparse inspect radial svg svg2 blade --grid 9x30x52 --heads 1 -o methods.png",
     "dit-sparse inspect hunyuan-video.720p.svg --grid 33x45x80+256 --step 10 -o svg.png",
     "dit-sparse inspect adaspa --model samples/wan-tiny --prompt 'a red circle' -o adaspa.png",
 )
@@ -25,9 +25,13 @@ GRID = re.compile(r"(\d+)x(\d+)x(\d+)(?:\+(\d+))?")
 
 
 def run(
-    strategy: Annotated[
-        str,
-        typer.Argument(help="A shipped strategy, a file, a Hub repository or a method's name."),
+    strategies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STRATEGY...",
+            help="A shipped strategy, a file, a Hub repository or a method's name; several are "
+            "drawn under each other.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG file; replaced.")],
     model: Annotated[
@@ -90,7 +94,10 @@ def run(
         raise UserError("give either --model with --prompt, or --grid")
     if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
         raise UserError(f"{output}: wanted the name of a .png file in a folder that exists")
-    asked = Strategy.coerce(strategy, **key_values(options or []))
+    if options and len(strategies) > 1:
+        raise UserError("--set is for one strategy; several are drawn as they are")
+    asked = [Strategy.coerce(name, **key_values(options or [])) for name in strategies]
+    found: list[HeadView] = []
     if model is not None:
         found, where, at, count = _of_model(model, prompt, asked, layer, step, steps, token, seed)
         note = f"{model}, prompt {prompt!r}, seed {seed}"
@@ -100,14 +107,16 @@ def run(
         at = count // 2 if step is None else step
         if layer >= layers or at >= count:
             raise UserError(f"--layer {layer} of {layers}, --step {at} of {count}: count from 0")
-        found = _synthetic(asked, where, heads, head_dim, layers, layer, at, count, token, seed)
+        size = (heads, head_dim, layers)
+        found = _synthetic(asked, where, size, layer, at, count, _token(token, where), seed)
         note = "synthetic queries and keys: what a dynamic method keeps is no model's"
+    names = ", ".join(each.name for each in asked)
     if not found:
         raise UserError(
-            f"{asked.name}: layer {layer} is dense at step {at} of {count}; try another --step "
-            "or --layer"
+            f"{names}: layer {layer} is dense at step {at} of {count}; try another --step or "
+            "--layer"
         )
-    title = f"{asked.name}, layer {layer}, step {at} of {count}, {where} tokens"
+    title = f"{names}: layer {layer}, step {at} of {count}, {where} tokens"
     write_png(output, draw_views(found, where, title, note, _token(token, where)))
     for view in found:
         OUT.print(f"head {view.head}: {view.method}, density {view.density:.1%}", highlight=False)
@@ -138,40 +147,44 @@ def _token(text: str | None, grid: LatentsGrid) -> tuple[int, int, int] | None:
 
 
 def _synthetic(
-    strategy: Strategy,
+    strategies: list[Strategy],
     grid: LatentsGrid,
-    heads: int,
-    head_dim: int,
-    layers: int,
+    size: tuple[int, int, int],
     layer: int,
     step: int,
     num_steps: int,
-    token: str | None,
+    token: tuple[int, int, int] | None,
     seed: int,
 ) -> list[HeadView]:
+    """Play one layer of each strategy; ``size`` is (heads, head_dim, layers)."""
     from dit_sparse.inspect import observe_synthetic
 
+    found = []
     with progress() as bars:
-        task = bars.add_task("playing steps", total=step + 1)
-        return observe_synthetic(
-            strategy,
-            grid,
-            heads=heads,
-            head_dim=head_dim,
-            num_layers=layers,
-            layer=layer,
-            step=step,
-            num_steps=num_steps,
-            token=_token(token, grid),
-            seed=seed,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
-        )
+        for strategy in strategies:
+            task = bars.add_task(strategy.name, total=step + 1)
+            found += observe_synthetic(
+                strategy,
+                grid,
+                heads=size[0],
+                head_dim=size[1],
+                num_layers=size[2],
+                layer=layer,
+                step=step,
+                num_steps=num_steps,
+                token=token,
+                seed=seed,
+                progress=lambda done, total, task=task: bars.update(  # type: ignore[misc]
+                    task, completed=done, total=total
+                ),
+            )
+    return found
 
 
 def _of_model(
     model: str,
     prompt: str | None,
-    strategy: Strategy,
+    strategies: list[Strategy],
     layer: int,
     step: int | None,
     steps: int | None,
@@ -194,12 +207,18 @@ def _of_model(
     arguments = call_arguments(pipe, prompt, settings)
     count = int(arguments.get("num_inference_steps", 50))
     at = count // 2 if step is None else step
-    arguments |= {"generator": torch.Generator().manual_seed(seed), "output_type": "latent"}
+    arguments["output_type"] = "latent"
     at_token: list[int] | None = None
     if token is not None:
         at_token = [int(part) for part in token.split(",") if part.strip().isdecimal()]
         if len(at_token) != 3:
             raise UserError(f"--token {token!r}: wanted FRAME,ROW,COLUMN, e.g. 0,10,20")
     place = None if at_token is None else (at_token[0], at_token[1], at_token[2])
-    views, grid = observe_pipeline(pipe, strategy, arguments, layer=layer, step=at, token=place)
-    return views, grid, at, count
+    found: list[HeadView] = []
+    for strategy in strategies:
+        generator = torch.Generator().manual_seed(seed)
+        views, grid = observe_pipeline(
+            pipe, strategy, arguments | {"generator": generator}, layer=layer, step=at, token=place
+        )
+        found += views
+    return found, grid, at, count

@@ -67,8 +67,6 @@ def observe_synthetic(
     found: list[HeadView] = []
     with torch.no_grad():
         for now in range(step + 1):
-            if progress is not None:
-                progress(now, step + 1)
             call = AttentionCall(
                 query,
                 key,
@@ -102,6 +100,8 @@ def observe_synthetic(
                     continue
                 output, lse = ops.attend(part.query, part.key, part.value, plan, part.scale)
                 method.finish(part, output, lse, ops)
+            if progress is not None:
+                progress(now + 1, step + 1)
     return sorted(found, key=lambda view: view.head)
 
 

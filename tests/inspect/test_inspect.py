@@ -144,6 +144,9 @@ def test_command_line(tmp_path):
     result = cli("svg", "--grid", "3x8x8+6", "--steps", "2", "--token", "1,2,3", "-o", path)
     assert result.exit_code == 0, result.output
     assert "head 3: svg, density" in result.stdout
+    result = cli("svg", "radial", "--grid", "3x8x8+6", "--steps", "2", "--heads", "1", "-o", path)
+    assert "head 0: svg, density" in result.stdout
+    assert "head 0: radial, density" in result.stdout
     with Image.open(path) as picture:
         assert min(picture.size) > 200
 
@@ -159,6 +162,7 @@ def test_command_line(tmp_path):
         (["dense", "--grid", "3x4x5"], "is dense at step"),
         (["radial", "--model", "samples/wan-tiny"], "--model needs --prompt"),
         (["nothing", "--grid", "3x4x5"], "nothing"),
+        (["radial", "svg", "--grid", "3x4x5", "--set", "block_size=8"], "--set is for one"),
     ],
 )
 def test_bad_requests_are_refused(args, words, tmp_path):
