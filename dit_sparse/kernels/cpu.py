@@ -32,6 +32,7 @@ from dit_sparse.kernels.cpu_rows import (
     cut_row,
     cut_spans,
     pick,
+    piece_length,
     pieces_of,
     rows_of,
     slots_of,
@@ -53,7 +54,6 @@ Q_ROWS = 1024  # queries in one call at most, where they are gathered
 BIG_CALL = 768  # from here on the fused call cuts queries into its largest pieces, of 256
 WORTH_A_THREAD = 2e8  # multiply-adds: some milliseconds, many times what starting a thread takes
 VECTOR = 16  # numbers that the fused attention takes at a time, at most
-WHOLE_BLOCKS = 8  # slots: shorter pieces are gathered token by token
 
 # What F.scaled_dot_product_attention reaches on the CPU; called by name, it also gives the LSE.
 _sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
@@ -189,6 +189,7 @@ class _Head:
             else:
                 waiting += cut_row(row, Q_ROWS)
         self._lay_out(sum(row.keys for row in waiting))
+        self.piece = piece_length([row.kv for row in waiting], self.plan.kv.slots)
         # The longest first: none is left over when the other workers are done.
         waiting.sort(key=lambda row: -row.queries * row.keys)
         queue = deque(waiting)
@@ -283,14 +284,14 @@ class _Head:
             return self.k[None, None, keys], self.v[None, None, keys]
         count = sum(stop - start for start, stop in spans)
         slots = self.k.shape[0]
-        length, rest = 1, 0
+        length, rest, pieces = self.piece, 0, None
         if self.kv_token is None and self.k.is_contiguous() and self.v.is_contiguous():
-            length, pieces, rest = pieces_of(spans, slots)
-        if length < WHOLE_BLOCKS:
-            length, rest = 1, 0
-            index = self._tokens(self.kv_token, spans)
+            pieces = pieces_of(spans, length, slots)
+        if pieces is None:
+            length, index = 1, self._tokens(self.kv_token, spans)
         else:
-            index = torch.from_numpy(pieces)
+            index = torch.tensor(pieces[0])
+            rest = pieces[1]
         found = []
         for name, source in (("k", self.k), ("v", self.v)):
             if name not in buffers or buffers[name].shape[0] < count:

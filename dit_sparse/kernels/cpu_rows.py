@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.plan import BlockPlan
+
+WHOLE_BLOCKS = 8  # slots: shorter pieces are gathered token by token
 
 Span = tuple[int, int]  # first slot, behind the last slot
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -134,18 +137,27 @@ def slots_of(spans: list[Span]) -> Array:
     return np.concatenate([np.arange(start, stop) for start, stop in spans])
 
 
-def pieces_of(spans: list[Span], slots: int) -> tuple[int, Array, int]:
-    """Cut spans of a sequence of ``slots`` into the longest equal pieces on one raster.
+def piece_length(rows: list[list[Span]], slots: int) -> int:
+    """Find the longest equal pieces on one raster that all spans of all rows are made of.
+
+    The end of the sequence may leave a piece that is shorter; 1 where pieces would be short.
+    """
+    length = gcd(*(bound for spans in rows for span in spans for bound in span if bound < slots))
+    return length if length >= WHOLE_BLOCKS else 1
+
+
+def pieces_of(spans: list[Span], length: int, slots: int) -> tuple[list[int], int] | None:
+    """Spell spans of a sequence of ``slots`` out as pieces of ``length`` slots on one raster.
 
     Returns:
-        Length of a piece; which pieces the spans are, in order; and how many slots of the last
-        span are a rest shorter than a piece, which only the end of the sequence may leave.
+        Which whole pieces the spans are, in order; and how many slots of the last span are a rest
+        shorter than a piece. None: they are no whole pieces, or these are single slots.
     """
-    bounds = np.array(spans)  # [spans, 2]
-    ends_short = bounds[-1, 1] == slots
-    length = int(np.gcd.reduce(bounds.ravel()[: -1 if ends_short else None])) or slots
-    rest = slots % length if ends_short else 0
-    first = bounds[:, 0] // length
-    count = bounds[:, 1] // length - first
-    before = np.cumsum(count) - count
-    return length, np.arange(count.sum()) + np.repeat(first - before, count), rest
+    if length == 1:
+        return None
+    found: list[int] = []
+    for start, stop in spans:
+        if start % length or (stop % length and stop != slots):
+            return None
+        found += range(start // length, stop // length)
+    return found, spans[-1][1] % length

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dit_sparse.backends import compare
 from dit_sparse.bench import measure_peak_memory
 from dit_sparse.grid import BlockLayout, LatentsGrid
-from dit_sparse.kernels import cpu, cpu_mass, reference
-from dit_sparse.kernels.cpu_rows import pieces_of, rows_of, slots_of
+from dit_sparse.kernels import cpu, cpu_mass, cpu_rows, reference
+from dit_sparse.kernels.cpu_rows import piece_length, pieces_of, rows_of, slots_of
 from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for, sides
 from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
@@ -29,7 +29,7 @@ def _small_limits(monkeypatch):
     monkeypatch.setattr(cpu, "Q_ROWS", 16)
     monkeypatch.setattr(cpu, "BIG_CALL", 8)
     monkeypatch.setattr(cpu, "FEWEST_KEYS", 5)
-    monkeypatch.setattr(cpu, "WHOLE_BLOCKS", 2)
+    monkeypatch.setattr(cpu_rows, "WHOLE_BLOCKS", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -231,23 +231,45 @@ def test_equal_lists_share_a_row_and_blocks_side_by_side_a_span():
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=5),
-    st.integers(1, 8),
-    st.integers(0, 7),
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=5),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(1, 24),
+    st.integers(0, 23),
+    st.integers(0, 40),
 )
-def test_pieces_are_the_spans(gaps, unit, rest):
-    spans, at = [], 0
-    for gap, length in gaps:
-        at += gap * unit
-        spans.append((at, at + length * unit))
-        at += length * unit
-    slots = at + rest % unit
-    spans[-1] = (spans[-1][0], slots)
-    length, pieces, left = pieces_of(spans, slots)
-    found = [slot for piece in pieces for slot in range(piece * length, (piece + 1) * length)]
-    found += range(slots - left, slots)
-    assert found == slots_of(spans).tolist()
-    assert length % unit == 0 or (len(spans) == 1 and spans[0] == (0, slots))
+def test_pieces_are_the_spans(gaps, unit, rest, cut):
+    rows = []
+    for row in gaps:
+        spans, at = [], 0
+        for gap, length in row:
+            at += gap * unit
+            spans.append((at, at + length * unit))
+            at += length * unit
+        rows.append(spans)
+    slots = max(spans[-1][1] for spans in rows) + rest % unit
+    rows = [
+        [*spans[:-1], (spans[-1][0], slots if spans[-1][1] + unit > slots else spans[-1][1])]
+        for spans in rows
+    ]
+    length = piece_length(rows, slots)
+    assert length == 1 or length >= 8
+    assert length == 1 or length % unit == 0  # the longest, so a multiple of what they have
+    for spans in rows:
+        found = pieces_of(spans, length, slots)
+        if length == 1:
+            assert found is None
+            continue
+        pieces, left = found
+        told = [slot for piece in pieces for slot in range(piece * length, (piece + 1) * length)]
+        told += range(slots - left, slots)
+        assert told == slots_of(spans).tolist()
+        first, last = spans[0]
+        if first < cut < last and cut % length:  # spans cut elsewhere are no whole pieces
+            assert pieces_of([(first, cut)], length, slots) is None
+            assert pieces_of([(cut, last)], length, slots) is None
 
 
 @given(st.data(), batches, head_counts, seeds, st.sampled_from([torch.float32, torch.bfloat16]))
