@@ -37,6 +37,7 @@ from dit_sparse.kernels.cpu_rows import (
     rows_of,
     slots_of,
 )
+from dit_sparse.tiles import unpack_tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,7 @@ HAS_BACKWARD = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAID_OUT = 32 << 20  # bytes of one head's keys and values in the plan's order, at most
 GATHERED = 8 << 20  # bytes of gathered keys and values, over all workers
+TILES_HELD = 8 << 20  # bytes of unpacked bit tiles
 FEWEST_KEYS = 256  # but at least so many keys
 Q_ROWS = 1024  # queries in one call at most, where they are gathered
 BIG_CALL = 768  # from here on the fused call cuts queries into its largest pieces, of 256
@@ -116,6 +118,8 @@ class _Call:
             and plan.kv_permutation is None
             and plan.kv_log_weight is None
         )
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.tile_bias = _tile_bias(plan, wide)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Compute output and LSE."""
@@ -177,6 +181,9 @@ class _Head:
         )
         self.row_bytes = call.head_dim * call.q.element_size()
         self.bias_dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        self.finite = call.tile_bias is not None and bool(
+            self.k.isfinite().all() and self.v.isfinite().all()
+        )
         # Keys and values that one call gathers at most.
         self.most_keys = max(FEWEST_KEYS, GATHERED // (2 * workers * self.row_bytes))
 
@@ -329,29 +336,66 @@ class _Head:
         buffers: dict[str, Tensor],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Attend to the blocks that a token-level border cuts, under their bit tiles."""
-        assert self.plan.tiles is not None
         longest = self.plan.kv.max_length
         room = min(self.most_keys, GATHERED // (16 * self.workers * row.queries))
         most = max(1, room // longest)
         for begin in range(0, len(row.partial), most):
             part = row.partial[begin : begin + most]
             spans = [(start, stop) for start, stop, _ in part]
-            keep = _unpack(self.plan.tiles, part, row.queries)  # [queries, keys]
-            bias = torch.zeros(keep.shape, dtype=self.bias_dtype)
-            if (weight := self._weights(spans)) is not None:
-                bias += weight
-                keep &= weight != -torch.inf
-            bias.masked_fill_(~keep, -torch.inf)
             k, v = self._keys(spans, buffers)
-            if bool(k.isfinite().all()) and bool(v.isfinite().all()):
+            bias, nothing = self._bias(part, spans, row.queries)
+            if self.finite or (bool(k.isfinite().all()) and bool(v.isfinite().all())):
                 own = _fused(q, k, v, self.scale, bias[None, None])
             else:
+                keep = bias != -torch.inf
                 own = _attend_not_finite(q, k, v, bias, keep, self.scale)
-            nothing = ~keep.any(-1)  # the fused call gives these an LSE of 0
+            # The fused call gives an LSE of 0 to queries that keep nothing.
             own[0].masked_fill_(nothing[:, None], 0.0)
             own[1].masked_fill_(nothing, -torch.inf)
             o, e = _merge(o, e, *own)
         return o, e
+
+    def _bias(
+        self, part: list[tuple[int, int, int]], spans: list[Span], queries: int
+    ) -> tuple[Tensor, Tensor]:
+        """Lay the tiles of ``part`` side by side.
+
+        Returns:
+            What is added to the scores, -inf where a key is not kept: ``[queries, keys]``; and
+            which queries keep none of these keys.
+        """
+        known = self.call.tile_bias
+        if known is not None:
+            bias, some = known
+            one = [bias[i, :queries, : stop - start] for start, stop, i in part]
+            made = torch.cat(one, 1)
+            if all(stop - start == bias.shape[2] for start, stop, _ in part):
+                return made, ~some[[i for *_, i in part], :queries].any(0)
+            return made, (made == -torch.inf).all(1)
+        assert self.plan.tiles is not None
+        keep = _unpack(self.plan.tiles, part, queries)
+        made = torch.zeros(keep.shape, dtype=self.bias_dtype)
+        if (weight := self._weights(spans)) is not None:
+            made += weight
+            keep &= weight != -torch.inf
+        return made.masked_fill_(~keep, -torch.inf), ~keep.any(-1)
+
+
+def _tile_bias(plan: BlockPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Unpack all tiles of a plan, where they are few: most rows of a window share them.
+
+    Returns:
+        What they add to the scores, ``[count, queries, keys]``, and which of their queries keep
+        a key, ``[count, queries]``; None where they are many, or log weights are added too.
+    """
+    tiles, keys = plan.tiles, plan.kv.max_length
+    if tiles is None or plan.kv_log_weight is not None:
+        return None
+    if tiles.shape[0] * tiles.shape[1] * keys * dtype.itemsize > TILES_HELD:
+        return None
+    keep = unpack_tiles(tiles, keys)
+    bias = torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, -torch.inf)
+    return bias, keep.any(-1)
 
 
 def _unpack(tiles: Tensor, part: list[tuple[int, int, int]], queries: int) -> Tensor:

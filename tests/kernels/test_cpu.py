@@ -21,8 +21,8 @@ from tests.plans import cases, inputs_for, sides
 from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
 
 
-@pytest.fixture
-def _small_limits(monkeypatch):
+@pytest.fixture(params=[0, 1 << 20], ids=["tiles by row", "tiles held"])
+def _small_limits(monkeypatch, request):
     """Make every path of the kernel run on small inputs: workers, pieces, big calls."""
     monkeypatch.setattr(cpu, "WORTH_A_THREAD", 1.0)
     monkeypatch.setattr(cpu, "GATHERED", 1 << 12)
@@ -30,6 +30,7 @@ def _small_limits(monkeypatch):
     monkeypatch.setattr(cpu, "BIG_CALL", 8)
     monkeypatch.setattr(cpu, "FEWEST_KEYS", 5)
     monkeypatch.setattr(cpu_rows, "WHOLE_BLOCKS", 2)
+    monkeypatch.setattr(cpu, "TILES_HELD", request.param)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
