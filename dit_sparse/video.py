@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
     from PIL import Image, ImageFont
 
@@ -67,18 +69,41 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
         frames: ``[frames, height, width, 3]`` uint8, RGB, at least 2 pixels on a side.
         fps: Frames per second.
     """
-    import imageio_ffmpeg
-
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
     if not (height and width):
         raise ValueError(f"a video needs 2 pixels on a side, got {frames.shape[2:0:-1]}")
+    options = ["-c:v", "libx264", "-crf", str(CRF), "-pix_fmt", "yuv420p"]
+    options += ["-movflags", "+faststart"]
+    encode(path, (frame[:height, :width] for frame in frames), (height, width), fps, options)
+
+
+def encode(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    size: tuple[int, int],
+    fps: float,
+    options: list[str],
+) -> None:
+    """Write a video as its frames come, whole or not at all.
+
+    Args:
+        path: Where to; replaced if it is there. Its ending names the container.
+        frames: ``[height, width, 3]`` uint8, RGB, each.
+        size: Height and width.
+        fps: Frames per second.
+        options: Of ffmpeg, for the codec.
+
+    Raises:
+        OSError: ffmpeg failed; says why.
+    """
+    import imageio_ffmpeg
+
     # Our own process instead of imageio's writer: that one does not look at ffmpeg's exit code.
     with tempfile.TemporaryDirectory(prefix=".write-", dir=path.parent) as folder:
-        scratch = Path(folder) / "clip.mp4"
+        scratch = Path(folder) / f"clip{path.suffix}"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y"]
-        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-        command += ["-r", f"{fps:g}", "-i", "-", "-an", "-c:v", "libx264", "-crf", str(CRF)]
-        command += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", str(scratch)]
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[1]}x{size[0]}"]
+        command += ["-r", f"{fps:g}", "-i", "-", "-an", *options, str(scratch)]
         with (
             (Path(folder) / "log").open("w+b") as log,
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as process,  # noqa: S603  (a list, no shell)
@@ -87,7 +112,7 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
             try:
                 with contextlib.suppress(BrokenPipeError):  # it died: its log says why
                     for frame in frames:
-                        process.stdin.write(frame[:height, :width].tobytes())
+                        process.stdin.write(frame.tobytes())
                     process.stdin.close()
                 code = process.wait()
             except BaseException:

@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from dit_sparse._version import __version__
-from dit_sparse.cli import bench, doctor, forecast, generate, inspect, methods
+from dit_sparse.cli import (
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    forecast,
+    generate,
+    inspect,
+    methods,
+    vbench,
+)
 from dit_sparse.cli.console import guarded
 
 __all__ = ["app", "main"]
@@ -25,6 +35,8 @@ app = typer.Typer(
 )
 for _name, _command in (
     ("generate", generate),
+    ("evaluate", evaluate),
+    ("compare", compare),
     ("methods", methods),
     ("forecast", forecast),
     ("inspect", inspect),
@@ -34,6 +46,7 @@ for _name, _command in (
     # Rich joins the lines of an epilog, except where an empty one stands between them.
     _epilog = "\n\n".join(("Examples:", *_command.EXAMPLES))
     app.command(_name, epilog=_epilog)(guarded(_command.run))
+app.add_typer(vbench.app, name="vbench")
 
 
 def _show_version(value: bool) -> None:
@@ -51,7 +64,8 @@ def _root(
 ) -> None:
     """Generate videos and images faster with sparse attention, and see what it costs in quality.
 
-    Exit codes: 0 done, 1 doctor found a problem, 2 the request cannot be met, 130 interrupted.
+    Exit codes: 0 done, 1 doctor found a problem or a gate failed, 2 the request cannot be met,
+    130 interrupted.
     """
 
 

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse evaluate``: what strategies gain and cost on a model, over prompts and seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dit_sparse.cli.console import Debug
+
+EXAMPLES = (
+    (
+        "dit-sparse evaluate samples/wan-tiny --strategy wan-tiny.adaspa --strategy "
+        'wan-tiny.radial --prompt "a red circle moving right" --seeds 0,1 -o out'
+    ),
+    (
+        "accelerate launch --num_processes 4 -m dit_sparse evaluate MODEL --strategy my.json "
+        "--prompts prompts.txt --seeds 0,1 -o out --gate psnr>=22,lpips_alex<=0.2"
+    ),
+)
+WHAT = {"rich_help_panel": "What to generate"}
+HOW = {"rich_help_panel": "How to run"}
+MEASURE = {"rich_help_panel": "What to measure"}
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Diffusers pipeline, or its Hub id (owner/name).", show_default=False
+        ),
+    ],
+    strategies: Annotated[
+        list[str],
+        typer.Option(
+            "--strategy",
+            help="A shipped strategy, the path or Hub id of one, or a method's name; may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for clips and reports. A run that was stopped goes on from there.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one prompt a line; empty lines and lines from # on are left out.",
+            show_default="none",
+            **WHAT,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt; may be given several times.", show_default="none", **WHAT),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.", **WHAT)] = "0",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Denoising steps.", show_default="the model's", **WHAT
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Frames of a video.", show_default="the model's", **WHAT
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Classifier-free guidance.", show_default="the model's", **WHAT
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to show.", show_default="the model's", **WHAT)
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=240.0,
+            help="Frames per second of the files.",
+            show_default="the model's, or 16",
+            **WHAT,
+        ),
+    ] = None,
+    floor: Annotated[
+        Literal["math", "efficient", "flash", "cudnn", "off"],
+        typer.Option(
+            help="SDPA backend of a second dense run: how far it is from the first is the noise "
+            "floor.",
+            **MEASURE,
+        ),
+    ] = "math",
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows to measure, with commas between them, or 'all'.",
+            show_default="all but lpips_vgg, dists",
+            **MEASURE,
+        ),
+    ] = None,
+    gates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate",
+            metavar="METRIC>=NUMBER",
+            help="What the median over pairs must reach, e.g. psnr>=25; .worst is the worst pair. "
+            "Exit code 1 where one is not.",
+            show_default="none",
+            **MEASURE,
+        ),
+    ] = None,
+    every: Annotated[
+        int, typer.Option(min=1, help="Costly rows look at every so many frames.", **MEASURE)
+    ] = 1,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="auto: the GPU where there is one.", **HOW),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="Precision of the model; auto: float32 on the CPU, bfloat16 on a GPU.", **HOW
+        ),
+    ] = "auto",
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention kernel to use; one that cannot run here is an error.",
+            show_default="the best that can run",
+            **HOW,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Make clips anew where the folder's were made with other settings."
+        ),
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Generate dense and sparse pairs, measure every pair, and say what strategies gain and cost.
+
+    Dense and sparse runs share seed and dense kernel. A second dense run with another attention
+    backend gives the noise floor. Stopped runs go on: finished clips are kept. Several processes
+    (accelerate launch) share the prompts. Exit code 1 where a gate failed.
+    """
+    from dit_sparse.cli.compare import words
+    from dit_sparse.cli.evaluating import Wish, perform
+    from dit_sparse.cli.source import Settings
+
+    passed = perform(
+        Wish(
+            model=model,
+            strategies=tuple(strategies),
+            output=output,
+            prompts=prompts,
+            prompt=tuple(prompt or ()),
+            seeds=seeds,
+            settings=Settings(height, width, frames, steps, guidance_scale, negative_prompt),
+            fps=fps,
+            floor=None if floor == "off" else floor,
+            metrics=words(metrics),
+            gates=tuple(gates or ()),
+            every=every,
+            device=device,
+            dtype=dtype,
+            kernel=kernel,
+            threads=threads,
+            overwrite=overwrite,
+        )
+    )
+    if not passed:
+        raise typer.Exit(1)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse vbench``: export clips for VBench, run it in its own environment, read results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, guarded, progress
+
+if TYPE_CHECKING:
+    from dit_sparse.quality.vbench import Results
+
+EXAMPLES = (
+    "dit-sparse vbench export out wan-tiny.adaspa -o clips/sparse",
+    "dit-sparse vbench run clips/sparse --python ~/vbench/bin/python -o sparse.json",
+    "dit-sparse vbench import results.zip -o sparse.json",
+)
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="JSON file for the scores.", show_default=False)
+]
+
+
+def export(
+    evaluation: Annotated[
+        Path, typer.Argument(help="Folder of 'dit-sparse evaluate'.", show_default=False)
+    ],
+    arm: Annotated[
+        str, typer.Argument(help="dense, floor, or a strategy's name.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="New or empty folder.", show_default=False)
+    ],
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Write an arm's clips in the layout of VBench and VBench-2.0, with a manifest."""
+    from dit_sparse.quality.vbench import Item
+    from dit_sparse.quality.vbench import export as write
+
+    items, arms = [], set()
+    for path in sorted((evaluation / "pairs").glob("*/*.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        arms.add(told["arm"])
+        if told["arm"] == arm:
+            items.append(Item(path.parent / told["file"]["exact"], told["prompt"], told["seed"]))
+    if not items:
+        known = f"there are: {', '.join(sorted(arms))}" if arms else "it has no finished clips"
+        raise UserError(f"{evaluation}: no clips of {arm!r:.100}; {known}")
+    setup = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+    settings = {"model": setup["model"], "arm": arm, "call": setup["call"]}
+    with progress() as bars:
+        task = bars.add_task("exporting", total=len(items))
+        made = write(
+            items, output, settings=settings, watch=lambda n: bars.update(task, completed=n)
+        )
+    OUT.print(f"{len(made['files'])} clips for {made['suite']} in {escape(str(output))}")
+    if not made["named_by_prompt"]:
+        OUT.print("Some prompts do not fit a file name: use custom input, which 'run' does.")
+
+
+def run(
+    clips: Annotated[Path, typer.Argument(help="An exported folder.", show_default=False)],
+    python: Annotated[
+        Path,
+        typer.Option(
+            help="Interpreter of an environment with VBench in it (pip install vbench).",
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    dimensions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dimension",
+            help="May be given several times, or with commas.",
+            show_default="all that the mode can do",
+        ),
+    ] = None,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="The clips show VBench's own prompts.")
+    ] = False,
+    cache: Annotated[Path, typer.Option(help="VBench's folder of weights.")] = Path(
+        "~/.cache/vbench"
+    ),
+    torch_hub: Annotated[Path, typer.Option(help="torch's folder of weights.")] = Path(
+        "~/.cache/torch/hub"
+    ),
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where VBench runs.")] = "cpu",
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Let VBench fetch weights that are missing.")
+    ] = False,
+    torchvision_stub: Annotated[
+        bool,
+        typer.Option(
+            "--torchvision-stub",
+            help="Declare the operators a torchvision without a build for its torch asks for.",
+        ),
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds, all dimensions together.")
+    ] = 86400,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Score an exported folder with the official evaluator, in its own interpreter."""
+    from dit_sparse.cli.compare import words
+    from dit_sparse.quality.vbench import run_vbench
+
+    with ERR.status("VBench is running"):
+        found = run_vbench(
+            clips,
+            python.expanduser(),
+            dimensions=words(dimensions),
+            cache=cache,
+            torch_hub=torch_hub,
+            device=device,
+            standard=standard,
+            allow_download=allow_download,
+            torchvision_stub=torchvision_stub,
+            timeout=timeout,
+        )
+    finish(found, output)
+
+
+def read(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            help="A *_eval_results.json, a folder or a zip of them.", show_default=False
+        ),
+    ],
+    output: Output,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Read results that VBench made elsewhere; totals only where all 16 dimensions are there."""
+    from dit_sparse.quality.vbench import read_results
+
+    finish(read_results(results), output)
+
+
+def finish(found: Results, output: Path) -> None:
+    """Write and print scores; exit code 1 where a dimension failed."""
+    from dit_sparse.quality.files import plain, replace_text
+
+    told: dict[str, Any] = found.to_dict()
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        replace_text(output, json.dumps(plain(told), indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("dimension")
+    table.add_column("score", justify="right")
+    table.add_column("clips", justify="right")
+    for name, score in found.scores.items():
+        value = score.status if score.value is None else f"{score.value:.4f}"
+        table.add_row(f"vbench.{name}", value, str(len(score.videos)) if score.videos else "")
+    OUT.print(table)
+    for name, score in found.scores.items():
+        if score.reason is not None:
+            OUT.print(f"[dim]{name} {score.status}: {escape(score.reason)}[/]", highlight=False)
+    if told["totals"] is None:
+        OUT.print("No totals: they need all 16 dimensions, and a missing one is not a 0.")
+    else:
+        parts = (f"{name} {value:.4f}" for name, value in told["totals"].items())
+        OUT.print(", ".join(parts))
+    if any(score.status == "error" for score in found.scores.values()):
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Export clips for VBench, run it in its own environment, read its results.",
+    epilog="\n\n".join(("Examples:", *EXAMPLES)),
+)
+for _name, _command in (("export", export), ("run", run), ("import", read)):
+    app.command(_name)(guarded(_command))

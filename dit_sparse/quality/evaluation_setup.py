@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation is of: model, prompts, seeds, strategies; what each clip depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dit_sparse.quality.errors import QualityInputError
+from dit_sparse.quality.files import plain
+
+if TYPE_CHECKING:
+    from dit_sparse.video import Frames
+
+SCHEMA_VERSION = 1
+DENSE, FLOOR = "dense", "floor"
+
+
+@dataclass(frozen=True)
+class Made:
+    """One clip that was generated, and what it took.
+
+    Args:
+        frames: ``[frames, height, width, 3]`` uint8.
+        facts: Ready for JSON: "seconds", "processor_seconds", "attention_seconds", "density",
+            "kernels", "reasons" and the like.
+    """
+
+    frames: Frames
+    facts: dict[str, Any]
+
+
+class Generator(Protocol):
+    """Makes one clip: ``arm`` is "dense", "floor" or a strategy's label."""
+
+    def __call__(self, arm: str, prompt: str, seed: int) -> Made:
+        """Generate."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an evaluation is of.
+
+    Args:
+        model: As the user named it.
+        prompts: What to show; each once.
+        seeds: Of the noise; each once.
+        strategies: Content of each strategy file, by label.
+        call: Everything else that a clip depends on: settings of the call, precision, device,
+            versions, the model's hash.
+        fps: Of the files.
+        floor: The dense arm's second attention backend; None: no noise floor.
+        metrics: Rows to measure; None: the usual ones.
+        every: Costly rows look at every so many frames.
+        about: Facts for the report that clips do not depend on.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    strategies: dict[str, dict[str, Any]]
+    call: dict[str, Any]
+    fps: float
+    floor: str | None = None
+    metrics: tuple[str, ...] | None = None
+    every: int = 1
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in (("prompts", self.prompts), ("seeds", self.seeds)):
+            if not values:
+                raise QualityInputError(f"no {name} were given")
+            twice = sorted({str(v) for v in values if values.count(v) > 1})
+            if twice:
+                raise QualityInputError(f"{name}: {twice[0]!r:.100} is there twice")
+        if not self.strategies:
+            raise QualityInputError("no strategies were given")
+        for label in self.strategies:
+            if label in {DENSE, FLOOR} or not re.fullmatch(r"[\w.+-]{1,80}", label):
+                raise QualityInputError(
+                    f"strategy {label!r:.100}: its name becomes a file's name, so it is 1 to 80 "
+                    "of letters, digits and . _ + -, and not dense or floor"
+                )
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The clips of one pair, in the order in which they are made."""
+        return (DENSE, *([FLOOR] if self.floor else []), *self.strategies)
+
+    def jobs(self) -> list[Job]:
+        """Give all (prompt, seed), numbered alike in every process."""
+        return [
+            Job(i, prompt, seed) for i, prompt in enumerate(self.prompts) for seed in self.seeds
+        ]
+
+    def fingerprint(self, arm: str, job: Job) -> str:
+        """Name what a clip depends on."""
+        what = {
+            "model": self.model,
+            "call": self.call,
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "fps": self.fps,
+            "arm": self.floor if arm == FLOOR else self.strategies.get(arm, arm),
+        }
+        text = json.dumps(plain(what), sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give everything, ready for JSON."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "dit_sparse.evaluation",
+            "model": self.model,
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "strategies": self.strategies,
+            "call": self.call,
+            "fps": self.fps,
+            "floor": self.floor,
+            "metrics": None if self.metrics is None else list(self.metrics),
+            "every": self.every,
+            "about": self.about,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt with one seed."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name its folder."""
+        return f"p{self.index:03d}-s{self.seed}"
