@@ -20,6 +20,7 @@ from dit_sparse.cli import (
     generate,
     inspect,
     methods,
+    profile,
     vbench,
 )
 from dit_sparse.cli.console import guarded
@@ -40,6 +41,7 @@ for _name, _command in (
     ("methods", methods),
     ("forecast", forecast),
     ("inspect", inspect),
+    ("profile", profile),
     ("doctor", doctor),
     ("bench", bench),
 ):

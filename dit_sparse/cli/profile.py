@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse profile``: search a strategy for a model by measuring.
+
+Past 300 lines, as the options and their help alone are 130.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, say
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress, TaskID
+
+    from dit_sparse.profiler import Profile
+
+EXAMPLES = (
+    "dit-sparse profile samples/wan-tiny --prompts prompts.txt --target 0.15 -o wan.json",
+    (
+        "accelerate launch -m dit_sparse profile Wan-AI/Wan2.1-T2V-14B-Diffusers "
+        "--prompts prompts.txt --budget 0.5 -o wan14b.json"
+    ),
+    (
+        "dit-sparse profile samples/wan-tiny --prompts 2 --candidates sparse-vdit "
+        "--rule sparse-vdit -o vdit.json"
+    ),
+)
+
+# Told apart by what moves and where, for models that are to show anything.
+PROMPTS = (
+    "a big red circle moving right over a gray plain background",
+    "a woman in a yellow raincoat walks through a busy market street in the rain",
+    "waves break over black rocks at sunset, the camera drifts slowly sideways",
+    "a cat jumps from a bookshelf onto a sofa and falls asleep",
+    "an aerial view of a train crossing a bridge over a misty valley",
+    "a close-up of hands kneading dough on a floured wooden table",
+    "a paper boat floats down a narrow stream between mossy stones",
+    "traffic at a crossing in a large city at night, seen from above, time-lapse",
+)
+WHAT = {"rich_help_panel": "What to generate"}
+HOW = {"rich_help_panel": "How to measure"}
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Diffusers pipeline, or its Hub id (owner/name).", show_default=False
+        ),
+    ],
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts",
+            metavar="FILE|N",
+            help="A text file, one prompt a line, or a number of built-in ones (1 to "
+            f"{len(PROMPTS)}).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The strategy file, .json. What was measured is kept beside it in a folder "
+            "<name>.measured: a killed search goes on there, and another target costs seconds.",
+            show_default=False,
+        ),
+    ],
+    candidates: Annotated[
+        str,
+        typer.Option(
+            help="Methods with commas, as in radial,adaspa:density=0.25; a bare name stands for "
+            "three densities. Presets: default, quick, sparse-vdit."
+        ),
+    ] = "default",
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest relative error of heads' outputs (root of the mean square), in [0, 1].",
+            show_default="0.1 without --budget",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest predicted time of self-attention as a share of dense, in (0, 1]; finds "
+            "the least error."
+        ),
+    ] = None,
+    rule: Annotated[
+        Literal["time", "sparse-vdit"],
+        typer.Option(help="time: by --target or --budget; sparse-vdit: the paper's own rule."),
+    ] = "time",
+    loss: Annotated[
+        Literal["relative", "mse"], typer.Option(help="Error in Sparse-vDiT's rule.")
+    ] = "relative",
+    weight: Annotated[
+        float, typer.Option("--lambda", help="Of Sparse-vDiT's rule: price of density.")
+    ] = 0.5,
+    epsilon: Annotated[
+        float, typer.Option(help="Of Sparse-vDiT's rule: a loss above it stays dense.")
+    ] = 1.0,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds with commas; each prompt runs with each.")
+    ] = "0",
+    bands: Annotated[
+        str, typer.Option(help="Step bands: a number of equal ones, or fractions 0,...,1.", **HOW)
+    ] = "3",
+    captures: Annotated[
+        int, typer.Option(min=2, max=100, help="Measured calls per layer and band.", **HOW)
+    ] = 2,
+    costs: Annotated[
+        Literal["measured", "assumed"],
+        typer.Option(help="Time a micro-benchmark on this device, or assume.", **HOW),
+    ] = "measured",
+    check: Annotated[
+        bool, typer.Option(help="At the end run the first prompt dense and sparse.", **HOW)
+    ] = True,
+    state_limit: Annotated[
+        float, typer.Option(min=0.001, help="GiB that candidates may remember.", **HOW)
+    ] = 8.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Steps.", show_default="the model's", **WHAT),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Frames.", show_default="the model's", **WHAT),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Guidance.", show_default="the model's", **WHAT),
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU if any.", **HOW)
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto: float32 on the CPU, bfloat16 on a GPU.", **HOW),
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Drop what was measured earlier for this output.")
+    ] = False,
+    debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
+) -> None:
+    """Measure methods on a model's own calls and write the best mix as a strategy file.
+
+    Runs the model dense over the prompts, tries every candidate on captured calls of every layer,
+    predicts what each costs on this device, and gives each head in each band of steps the one
+    that serves the target or budget. Errors are measured on these prompts only.
+    """
+    texts = read_prompts(prompts)
+    numbers = _seeds(seeds)
+    folder = check_output(output, overwrite=overwrite)
+    with ERR.status("starting"):
+        import torch
+        from accelerate import PartialState
+
+        from dit_sparse.cli.source import (
+            SampleDefaults,
+            Settings,
+            call_arguments,
+            load,
+            local_folder,
+        )
+        from dit_sparse.profiler import Bands, Store, Wish, parse_candidates, profile
+
+        wish = Wish(rule, target, budget, loss, weight, epsilon)
+        edges = Bands(_edges(bands), captures)
+        parse_candidates(candidates)
+        place = local_folder(model)
+    defaults = SampleDefaults() if place is None else SampleDefaults.read(place)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    state = PartialState(cpu=device == "cpu")
+    where, kind = _machine(device, dtype, state.local_process_index)
+    pipe = load(model, where, kind)
+    pipe.set_progress_bar_config(disable=True)
+    settings = Settings(height, width, frames, steps, guidance_scale).over(defaults)
+    arguments = call_arguments(pipe, texts[0], settings)
+    arguments.pop("prompt")
+    command = _command(model, prompts, candidates, wish, seeds, edges.edges, settings)
+    try:
+        with _bars() as bars:
+            found = profile(
+                pipe,
+                texts,
+                arguments=arguments,
+                seeds=numbers,
+                candidates=candidates,
+                wish=wish,
+                bands=edges,
+                costs=costs,
+                check=check,
+                name=output.stem,
+                command=command,
+                store=Store(folder),
+                fresh=fresh,
+                state=state,
+                state_limit=int(state_limit * 2**30),
+                progress=_Shown(bars),
+            )
+    except KeyboardInterrupt:
+        say(f"Interrupted; what was measured is kept in {folder}: the same command goes on.")
+        raise typer.Exit(130) from None
+    if found is not None:
+        found.strategy.save(output)
+        _show(found, output)
+
+
+def read_prompts(text: str) -> tuple[str, ...]:
+    """Read a file of prompts, or take built-in ones; ``#`` starts a comment."""
+    if text.isascii() and text.isdigit():
+        if not 1 <= int(text) <= len(PROMPTS):
+            raise UserError(f"--prompts {text}: there are 1 to {len(PROMPTS)} built-in prompts")
+        return PROMPTS[: int(text)]
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {text}: not UTF-8 text") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts {text:.200}: cannot be read: {reason}") from error
+    found = [line.partition("#")[0].strip() for line in lines]
+    if any("\0" in line for line in found):
+        raise UserError(f"--prompts {text}: not a text file")
+    if not any(found):
+        raise UserError(f"--prompts {text}: holds no prompt; write one a line")
+    return tuple(line for line in found if line)
+
+
+def check_output(output: Path, *, overwrite: bool) -> Path:
+    """Refuse an output that cannot be written before any work; give the folder beside it."""
+    if output.suffix.lower() != ".json":
+        raise UserError(f"-o {output}: wanted the name of a .json file")
+    if output.is_dir():
+        raise UserError(f"-o {output}: is a folder; a file name was wanted")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"-o {output}: its folder does not exist")
+    if output.exists() and not overwrite:
+        raise UserError(f"-o {output}: is there already; add --overwrite to replace it")
+    return output.with_name(output.stem + ".measured")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
+        raise UserError(f"--seeds {text!r:.100}: wanted whole numbers with commas, as in 0,1,2")
+    return tuple(map(int, parts))
+
+
+def _edges(text: str) -> tuple[float, ...]:
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= 100:
+        count = int(text)
+        return tuple(i / count for i in range(count + 1))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"--bands {text!r:.100}: wanted a number from 1 to 100, or fractions such as 0,0.2,1"
+        ) from error
+
+
+def _machine(device: str, dtype: str, index: int) -> tuple[str, torch.dtype]:
+    """Settle on a device and a dtype."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise UserError(
+            f"--device cuda: this torch ({torch.__version__}) sees no GPU; "
+            "'dit-sparse doctor' says more"
+        )
+    on_gpu = there and device != "cpu"
+    name = dtype
+    if name == "auto":
+        name = "float32"
+        if on_gpu:
+            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    found: torch.dtype = getattr(torch, name)
+    return (f"cuda:{index}" if on_gpu else "cpu"), found
+
+
+def _command(
+    model: str,
+    prompts: str,
+    candidates: str,
+    wish: Any,
+    seeds: str,
+    edges: tuple[float, ...],
+    settings: dict[str, Any],
+) -> str:
+    """Write the command as it can be given again; files by name, not by folder."""
+    limit = f"--target {wish.target:g}" if wish.budget is None else f"--budget {wish.budget:g}"
+    if wish.rule != "time":
+        limit = f"--rule {wish.rule} --loss {wish.loss} --lambda {wish.weight:g}"
+        limit += f" --epsilon {wish.epsilon:g}"
+    sizes = {
+        "num_inference_steps": "--steps",
+        "height": "--height",
+        "width": "--width",
+        "num_frames": "--frames",
+        "guidance_scale": "--guidance-scale",
+    }
+    told = " ".join(f"{flag} {settings[key]}" for key, flag in sizes.items() if key in settings)
+    bands = ",".join(f"{edge:g}" for edge in edges)
+    return (
+        f"dit-sparse profile {Path(model).name if Path(model).is_dir() else model} "
+        f"--prompts {Path(prompts).name} --candidates '{candidates}' {limit} --seeds {seeds} "
+        f"--bands {bands} {told}"
+    ).strip()
+
+
+def _bars() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=ERR,
+    )
+
+
+class _Shown:
+    """Feeds the bars: one for each kind of work."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            label = {"units": "generations"}.get(what, what)
+            self._tasks[what] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+
+
+def _show(found: Profile, output: Path) -> None:
+    """Print who got what, and what was measured."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for heading in ("candidate", "heads x steps", "density", "error"):
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    total: dict[int, list[float]] = {}
+    for key, chosen in found.choices.items():
+        row = found.rows[key]
+        for head, column in enumerate(chosen):
+            part = total.setdefault(column, [0.0, 0.0, 0.0])
+            part[0] += row.steps
+            part[1] += row.steps * float(row.density[head, column])
+            part[2] += row.steps * float(row.error[head, column])
+    everything = sum(part[0] for part in total.values())
+    for column, (count, density, error) in sorted(total.items(), key=lambda item: -item[1][0]):
+        name = "dense" if column == 0 else found.candidates[column - 1].name
+        table.add_row(
+            escape(name),
+            f"{count / everything:.1%}",
+            f"{density / count:.3f}",
+            f"{(error / count) ** 0.5:.3f}",
+        )
+    OUT.print()
+    OUT.print(table)
+    OUT.print()
+    for figure, value in found.strategy.receipt.measured.items():
+        OUT.print(f"{figure.replace('_', ' ')}: {value:.4g}", highlight=False)
+    if not found.strategy.rules:
+        OUT.print("[yellow]Everything stays dense:[/] no candidate is worth it under this wish.")
+    OUT.print(f"[dim]{escape(str(output))}[/]", soft_wrap=True)

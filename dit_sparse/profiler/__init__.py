@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find a strategy for a model by measuring: which method for which layer, head and step band.
+
+``candidates.py`` names the choices, ``measure.py`` tries them on captured calls (``capture.py``),
+``cost.py`` predicts their time (``micro.py`` measures the device), ``table.py`` sums up,
+``search.py`` chooses, ``store.py`` keeps what was measured, ``build.py`` writes the strategy,
+``run.py`` puts them together. ``difference.py`` tells two strategies apart, ``retile.py`` fits one
+to another size.
+"""
+
+from dit_sparse.profiler.candidates import Candidate, parse_candidates, resolve
+from dit_sparse.profiler.capture import Bands
+from dit_sparse.profiler.difference import difference
+from dit_sparse.profiler.errors import ProfileError
+from dit_sparse.profiler.retile import retile
+from dit_sparse.profiler.run import Profile, profile
+from dit_sparse.profiler.store import Store
+from dit_sparse.profiler.wish import Wish
+
+__all__ = [
+    "Bands",
+    "Candidate",
+    "Profile",
+    "ProfileError",
+    "Store",
+    "Wish",
+    "difference",
+    "parse_candidates",
+    "profile",
+    "resolve",
+    "retile",
+]

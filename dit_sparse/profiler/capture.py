@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one dense generation and measure the candidates on some of its calls."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_sparse.apply import enable
+from dit_sparse.methods.steps import step_at
+from dit_sparse.profiler.candidates import resolve
+from dit_sparse.profiler.errors import ProfileError
+from dit_sparse.profiler.measure import STATE_LIMIT, Meter
+from dit_sparse.strategy import Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dit_sparse.call import AttentionCall
+    from dit_sparse.plan import BlockPlan
+    from dit_sparse.profiler.candidates import Candidate, Wanted
+
+BRANCHES = {"cond", "both"}  # the unconditional pass is not measured, it gets the same strategy
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Where a run is cut, and how often each part is captured.
+
+    Args:
+        edges: Fractions of the run, ascending from 0 to 1.
+        captures: Calls of a layer in a band, >= 2: its first step, where methods search, and
+            others spread over the rest.
+    """
+
+    edges: tuple[float, ...]
+    captures: int = 2
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        edges = self.edges
+        if len(edges) < 2 or sorted(set(edges)) != list(edges) or (edges[0], edges[-1]) != (0, 1):
+            raise ProfileError(
+                f"bands must be fractions of the run that ascend from 0 to 1, got {list(edges)}; "
+                "try [0, 0.33, 0.67, 1]"
+            )
+        if self.captures < 2:
+            raise ProfileError(
+                f"captures must be at least 2 (a search and its use), got {self.captures}"
+            )
+
+    def steps(self, num_steps: int) -> list[range]:
+        """Give the steps of each band; a short run leaves some empty."""
+        cuts = [step_at(edge, num_steps) for edge in self.edges]
+        return [range(a, b) for a, b in pairwise(cuts)]
+
+    def captured(self, num_steps: int) -> dict[int, int]:
+        """Give the captured steps and the band of each."""
+        found: dict[int, int] = {}
+        for i_band, steps in enumerate(self.steps(num_steps)):
+            if not steps:
+                continue
+            found[steps.start] = i_band
+            rest, others = len(steps) - 1, self.captures - 1
+            for i in range(others if rest else 0):
+                found[steps.start + 1 + int((i + 0.5) * rest / others)] = i_band
+        return found
+
+
+class Capture:
+    """Listens to one generation (``SparseEngine.watch``) and measures."""
+
+    def __init__(
+        self,
+        wanted: tuple[Wanted, ...],
+        bands: Bands,
+        state_limit: int = STATE_LIMIT,
+        tick: Callable[[int, int], None] | None = None,
+        layers: int = 1,
+    ) -> None:
+        self.wanted, self.bands, self.state_limit = wanted, bands, state_limit
+        self.tick, self.layers = tick, layers
+        self.meter: Meter | None = None
+        self.about: dict[str, Any] = {}
+        self.calls: list[dict[str, Any]] = []
+        self.seen: dict[str, set[int]] = {}
+        self._captured: dict[int, int] = {}
+        self._band: tuple[str, int] = ("", -1)
+        self._first = 0
+
+    def __call__(self, call: AttentionCall, plan: BlockPlan | None, method: str) -> None:  # noqa: ARG002
+        """Measure one call if it is to be captured."""
+        if call.branch not in BRANCHES:
+            return
+        if self.meter is None:
+            self._begin(call)
+        assert self.meter is not None
+        self.seen.setdefault(call.stage, set()).add(call.step)
+        band = self._captured.get(call.step)
+        if band is None:
+            return
+        if (call.stage, band) != self._band:
+            self.meter.forget()
+            self._band, self._first = (call.stage, band), call.step
+        power, found = self.meter.measure(call, self._first)
+        self.calls.append(
+            {
+                "stage": call.stage,
+                "layer": call.layer,
+                "step": call.step,
+                "band": band,
+                "power": [float(f"{p:.6g}") for p in power],
+                "found": [asdict(each) for each in found],
+            }
+        )
+        if self.tick is not None:
+            self.tick(len(self.calls), len(self._captured) * self.layers)
+
+    def _begin(self, call: AttentionCall) -> None:
+        batch, _, heads, head_dim = call.query.shape
+        grid = call.grid
+        self.meter = Meter(resolve(self.wanted, grid), state_limit=self.state_limit)
+        self._captured = self.bands.captured(call.num_steps)
+        self.about = {
+            "grid": [grid.frames, grid.height, grid.width, grid.text_length, grid.text_first],
+            "num_steps": call.num_steps,
+            "layers": call.num_layers,
+            "batch": batch,
+            "heads": heads,
+            "head_dim": head_dim,
+        }
+
+    def unit(self) -> dict[str, Any]:
+        """Give everything measured as plain data."""
+        steps = {stage: sorted(found) for stage, found in sorted(self.seen.items())}
+        kernel = None if self.meter is None else self.meter.ops.last_kernel
+        return {"about": self.about, "steps": steps, "kernel": kernel, "calls": self.calls}
+
+
+def capture(
+    pipe: Any,
+    arguments: dict[str, Any],
+    seed: int,
+    wanted: tuple[Wanted, ...],
+    bands: Bands,
+    *,
+    state_limit: int = STATE_LIMIT,
+    tick: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Generate once, dense, and measure.
+
+    Args:
+        pipe: A Diffusers pipeline with nothing attached; it is detached afterwards, whatever
+            happens.
+        arguments: Of its call.
+        seed: Of the noise, drawn on the CPU.
+        wanted: Candidates.
+        bands: Which steps.
+        state_limit: See ``Meter``.
+        tick: Called with (calls measured, calls to measure).
+
+    Returns:
+        The unit, plain data.
+
+    Raises:
+        ProfileError: No call could be measured; says why they were declined.
+    """
+    with enable(pipe, Strategy.single("dense")) as handle, torch.no_grad():
+        layers = max(stage.num_layers for stage in handle.stages.values())
+        listener = Capture(wanted, bands, state_limit, tick, layers)
+        handle.watch = listener
+        pipe(**call_of(pipe, arguments, seed))
+        reasons = handle.report().reasons
+    if not listener.calls:
+        why = "; ".join(reasons) or "the pipeline called no attention that dit_sparse knows"
+        raise ProfileError(f"nothing could be measured: {why}")
+    return listener.unit()
+
+
+def call_of(pipe: Any, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Complete a call's arguments: seeded noise, and latents instead of pictures."""
+    takes = inspect.signature(pipe.__call__).parameters
+    made = {**arguments, "generator": torch.Generator().manual_seed(seed)}
+    if "output_type" in takes:
+        made["output_type"] = "latent"
+    return made
+
+
+def candidates_of(wanted: tuple[Wanted, ...], about: dict[str, Any]) -> tuple[Candidate, ...]:
+    """Resolve the candidates that a unit was measured with."""
+    from dit_sparse.grid import LatentsGrid
+
+    return resolve(wanted, LatentsGrid(*about["grid"]))

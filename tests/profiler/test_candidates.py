@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates: what text names them, and that fitting to a grid gives the density aimed at."""
+
+import pytest
+import torch
+
+from dit_sparse.backends import Backends
+from dit_sparse.call import AttentionCall
+from dit_sparse.grid import LatentsGrid
+from dit_sparse.methods import METHODS
+from dit_sparse.profiler.candidates import EVERY, LEVELS, PRESETS, parse_candidates, resolve
+from dit_sparse.profiler.errors import ProfileError
+
+GRID = LatentsGrid(9, 16, 16)
+
+
+def density(candidate, grid):
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, grid.tokens, 1, 16, generator=random) for _ in range(3))
+    call = AttentionCall(query, key, value, grid, 0.25, heads=(0,), step=0, num_steps=10)
+    plan = candidate.instance.plan(call, Backends())
+    return float(plan.density().mean())
+
+
+def test_every_method_is_in_the_default_set_at_three_levels():
+    found = parse_candidates("default")
+    named = {want.method for want in found}
+    assert named == set(METHODS) - {"dense"}
+    for name in EVERY:
+        assert [want.level for want in found if want.method == name] == list(LEVELS)
+
+
+def test_the_preset_has_the_five_patterns():
+    found = resolve(parse_candidates("sparse-vdit"), GRID)
+    patterns = [candidate.params["patterns"] for candidate in found[:2]]
+    assert patterns == ["full", "skip"]
+    assert {c.params["patterns"] for c in found} == {
+        "full", "skip", "diagonal", "multi_diagonal", "vertical_stripe"
+    }  # fmt: skip
+    assert [c.keeps_all for c in found].count(True) == 1
+
+
+@pytest.mark.parametrize("method", ["radial", "gna", "pooled", "blade"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_is_about_the_density_of_the_plan(method, level):
+    wanted = [want for want in parse_candidates(method) if want.level == level]
+    grid = LatentsGrid(24, 16, 16)  # Radial keeps neighbouring frames whole: 70 / 576 here
+    (candidate,) = resolve(tuple(wanted), grid)
+    # GNA's windows are rounded to whole tokens and shifted inwards at the borders.
+    assert density(candidate, grid) == pytest.approx(level, rel=0.35, abs=0.1)
+
+
+def test_levels_of_a_static_method_fall():
+    for method in ("radial", "gna"):
+        found = [density(c, GRID) for c in resolve(parse_candidates(method), GRID)]
+        assert found == sorted(found, reverse=True)
+        assert found[0] > found[-1]
+
+
+def test_choices_that_come_out_the_same_stand_once():
+    found = resolve(parse_candidates("radial,gna"), LatentsGrid(2, 4, 4))
+    kinds = [(c.method, sorted(map(str, c.params.items()))) for c in found]
+    assert all(kinds.count(kind) == 1 for kind in kinds)
+    assert len(found) < 2 * len(LEVELS)
+
+
+def test_params_are_read_and_completed():
+    (one,) = resolve(parse_candidates("gna:window=[3,5,5]:exact=false"), GRID)
+    assert one.params["window"] == [3, 5, 5]
+    assert one.params["exact"] is False
+    assert one.name == "gna:window=[3,5,5]:exact=false"
+    a, b = resolve(parse_candidates("radial:decay_factor=0.5, adaspa:density=0.25"), GRID)
+    assert (a.params["decay_factor"], a.params["block_size"]) == (0.5, 64)
+    assert b.params["search_steps"] == [0.0]
+    assert b.params["recall_threshold"] == 1.0
+
+
+def test_large_grids_get_large_blocks():
+    (one,) = resolve(parse_candidates("pooled:density=0.25"), LatentsGrid(21, 30, 52))
+    assert one.params["block_size"] == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "wanted methods"),
+        (" , ", "wanted methods"),
+        ("radail", "no method or preset"),
+        ("dense", "always a choice"),
+        ("radial:decay=1", "unknown key 'decay'"),
+        ("radial:decay_factor", "KEY=VALUE"),
+        ("adaspa:density=2", "density must lie in (0, 1]"),
+        ("adaspa:search_steps=[0.2]", "when it begins"),
+        ("radial,radial", "named twice"),
+        ("quick,radial", "named twice"),
+    ],
+)
+def test_bad_candidates_are_refused(text, words):
+    with pytest.raises(ProfileError, match="candidates: ") as refused:
+        parse_candidates(text)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "grid", [GRID, LatentsGrid(1, 13, 9, 17, text_first=True), LatentsGrid(5, 1, 3)]
+)
+def test_presets_fit_any_grid(preset, grid):
+    found = resolve(parse_candidates(preset), grid)
+    assert len({candidate.name for candidate in found}) == len(found)
+    for candidate in found:
+        assert candidate.instance is candidate.instance
