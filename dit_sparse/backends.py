@@ -17,6 +17,7 @@ import torch
 
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.grid import BlockLayout
+from dit_sparse.kernels.kmeans import kmeans
 from dit_sparse.kernels.planning import Planning
 from dit_sparse.plan import BlockPlan
 
@@ -34,6 +35,7 @@ KERNELS = {
     "flex": "dit_sparse.kernels.flex",
     "reference": "dit_sparse.kernels.reference",
 }
+KMEANS = "dit_sparse.kernels.triton_kmeans"
 # Never chosen unless asked for: the reference is slow, the others have not run on a GPU yet.
 BY_NAME_ONLY = {"reference", "cudnn", "flashinfer", "flex"}
 
@@ -128,6 +130,39 @@ class Backends(Planning):
         result: Tensor = module.block_mass(query, key, lse, q, kv, scale)
         return result.float()
 
+    def kmeans(  # type: ignore[override]
+        self,
+        points: Tensor,
+        clusters: int,
+        iterations: int,
+        *,
+        init: Tensor | None = None,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cluster tokens as ``kernels.kmeans.kmeans`` says; by Triton where Triton attends."""
+        lloyd = self._lloyd(points)
+        return kmeans(points, clusters, iterations, init=init, seed=seed, lloyd=lloyd)
+
+    def _lloyd(self, points: Tensor) -> Any:
+        """Choose what runs k-means' iterations; None: torch."""
+        if points.device.type != "cuda" or self.kernel not in {None, "triton"}:
+            return None
+        module = self._module("triton")
+        if isinstance(module, str) or module.reasons_against_tensor(points):
+            return None
+        found = importlib.import_module(KMEANS)
+        key = (KMEANS, points.device, points.dtype, points.shape[-1])
+        if key not in self._trusted:
+            error = check_lloyd(found.lloyd, points.device, points.dtype, points.shape[-1])
+            if error is not None:
+                raise KernelError(
+                    f"k-means in Triton failed its check, head_dim {points.shape[-1]}, "
+                    f"{points.dtype} on {describe_device(points.device)}: {error}. {versions()}. "
+                    "Choose another kernel by name, and please report this."
+                )
+            self._trusted.add(key)
+        return found.lloyd
+
     def explain(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> list[tuple[str, list[str]]]:
@@ -204,6 +239,19 @@ class Backends(Planning):
                 f"{versions()}. Choose another kernel by name, and please report this."
             )
         self._trusted.add(key)
+
+
+def check_lloyd(lloyd: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Run k-means on small whole numbers, where nothing is rounded; say what is wrong, if so."""
+    random = torch.Generator().manual_seed(0)
+    points = torch.randint(-2, 3, (1, 70, 2, head_dim), generator=random).float()
+    init = torch.randint(-2, 3, (1, 2, 9, head_dim), generator=random).float()
+    wanted = kmeans(points, 9, 1, init=init)
+    found = lloyd(points.to(device, dtype), init.to(device), 1)
+    for name, got, right in zip(("centroids", "labels", "counts"), found, wanted, strict=True):
+        if not torch.allclose(got.cpu().double(), right.double(), rtol=1e-6, atol=1e-6):
+            return f"{name} differ from the same in torch"
+    return None
 
 
 def check_kernel(

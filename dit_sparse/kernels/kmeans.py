@@ -25,12 +25,22 @@ from dit_sparse.kernels.chunks import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+    Lloyd = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 @torch.no_grad()
 def kmeans(
-    points: Tensor, clusters: int, iterations: int, *, init: Tensor | None = None, seed: int = 0
+    points: Tensor,
+    clusters: int,
+    iterations: int,
+    *,
+    init: Tensor | None = None,
+    seed: int = 0,
+    lloyd: Lloyd | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster the tokens of each (sample, head); more iterations fit better and cost as much each.
 
@@ -45,6 +55,7 @@ def kmeans(
             tokens drawn without replacement, the same for the same seed on any device, and the
             same places in every sample: who else is in the batch changes nothing.
         seed: For the draw.
+        lloyd: Runs the iterations from ``(points, init, iterations)`` in another way; None: torch.
 
     Returns:
         Centroids fp32 ``[batch, heads, clusters, head_dim]``, labels int32 ``[batch, heads,
@@ -65,6 +76,8 @@ def kmeans(
     work = work_dtype(points.dtype)
     if init is None:
         init = _drawn(points, clusters, seed)
+    if lloyd is not None:
+        return lloyd(points, init, iterations)
     centroids = torch.empty(wanted, dtype=work, device=points.device)
     labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
     counts = torch.empty(batch, heads, clusters, dtype=torch.int32, device=points.device)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,10 +42,11 @@ def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
         reasons.append(f"needs a CUDA or ROCm device, the query is on {query.device}")
     if plan.device != query.device:
         reasons.append(f"the plan is on {plan.device}, the query on {query.device}")
-    return reasons + _reasons_against_tensor(query)
+    return reasons + reasons_against_tensor(query)
 
 
-def _reasons_against_tensor(query: Tensor) -> list[str]:
+def reasons_against_tensor(query: Tensor) -> list[str]:
+    """Say why no kernel takes ``[batch, seq_len, heads, head_dim]``, on whichever device."""
     try:
         import triton
     except ImportError:
@@ -100,7 +102,7 @@ def attend(
         Output, shaped and typed like ``query``; LSE ``[batch, heads, seq_len]``, float32, natural
         log. A query with nothing kept gives 0 and -inf.
     """
-    _check_call(query, key, value, plan)
+    _check_call(query, key, value, plan, scale)
     from dit_sparse.kernels.triton_target import forward_tiling, target_of
 
     query, scale = _positive_scale(query, scale)
@@ -138,7 +140,15 @@ def attend_backward(
         scale: See ``query``.
         tilings: Of the query and the key kernel; chosen by the device where None.
     """
-    _check_call(query, key, value, plan)
+    _check_call(query, key, value, plan, scale)
+    for name, tensor in (("output", output), ("grad_output", grad_output)):
+        if tensor.shape != query.shape or tensor.dtype != query.dtype:
+            raise KernelError(
+                f"{name} must be {query.dtype} {tuple(query.shape)} like query, got "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+    for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
+        _check_lse(name, tensor, query)
     from dit_sparse.kernels.triton_backward import backward
     from dit_sparse.kernels.triton_target import backward_tilings, target_of
 
@@ -206,10 +216,13 @@ def block_mass(
         the number of its query tokens.
     """
     _check_tensors(query, (("key", key, kv.slots),))
-    if lse.dtype != torch.float32 or lse.shape != (query.shape[0], *query.shape[2:0:-1]):
-        raise KernelError(
-            f"lse must be float32 [batch, heads, seq_len], got {lse.dtype} {tuple(lse.shape)}"
-        )
+    _check_scale(scale)
+    _check_lse("lse", lse, query)
+    if q.slots != query.shape[1]:
+        raise KernelError(f"the query layout is for {q.slots} tokens, query has {query.shape[1]}")
+    for name, layout in (("query", q), ("key", kv)):
+        if layout.device != query.device:
+            raise KernelError(f"the {name} layout is on {layout.device}, query on {query.device}")
     from dit_sparse.kernels.triton_launch import packed
     from dit_sparse.kernels.triton_mass import block_mass as compute
     from dit_sparse.kernels.triton_target import mass_tiling, target_of
@@ -238,7 +251,7 @@ def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def _check_tensors(query: Tensor, others: tuple[tuple[str, Tensor, int], ...]) -> None:
-    reasons = _reasons_against_tensor(query)
+    reasons = reasons_against_tensor(query)
     if query.device.type != "cuda" and not is_interpreted():
         reasons.append(f"needs a CUDA or ROCm device, the query is on {query.device}")
     if reasons:
@@ -257,9 +270,32 @@ def _check_tensors(query: Tensor, others: tuple[tuple[str, Tensor, int], ...]) -
             raise KernelError(f"{name}: strides reach beyond 32 bits: {tensor.stride()}")
 
 
-def _check_call(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> None:
-    """Raise ``KernelError`` where the call is not one that the kernels take."""
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise KernelError(f"scale must be finite, got {scale}")
+
+
+def _check_lse(name: str, lse: Tensor, query: Tensor) -> None:
+    wanted = (query.shape[0], query.shape[2], query.shape[1])
+    if lse.dtype != torch.float32 or tuple(lse.shape) != wanted or lse.device != query.device:
+        raise KernelError(
+            f"{name} must be float32 [batch, heads, seq_len] = {wanted} on {query.device}, got "
+            f"{lse.dtype} {tuple(lse.shape)} on {lse.device}"
+        )
+
+
+def _check_call(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float) -> None:
+    """Raise where the call is not one that the kernels take: ``KernelError``, or ``PlanError``.
+
+    A plan's values are looked at on the CPU only: on a GPU the host would wait for them. There
+    ``BlockPlan.load`` and whoever makes a plan by hand validate it once.
+    """
+    if query.ndim != 4:
+        raise KernelError(
+            f"query must be [batch, seq_len, heads, head_dim], got {tuple(query.shape)}"
+        )
     _check_tensors(query, (("key", key, plan.key_length), ("value", value, plan.key_length)))
+    _check_scale(scale)
     if plan.device != query.device:
         raise KernelError(f"the plan is on {plan.device}, the query on {query.device}")
     if query.shape[1] != plan.query_length:
@@ -270,3 +306,5 @@ def _check_call(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> N
     ):
         if mine not in {1, called}:
             raise KernelError(f"plan is for {mine} {name}, query has {called}")
+    if plan.device.type == "cpu":
+        plan.validate()

@@ -1,72 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every Triton kernel does with a plan: find its tile, walk a block list, load rows.
 
-Device functions only. A *tile* here is the part of a block that one program owns (``BLOCK_M``
-rows) or reads in one iteration (``BLOCK_N`` columns); blocks of any length are cut into tiles.
+A kernel gets one side of a plan as a ``Side``, its lists as ``Lists``, and a tensor of tokens as
+``Rows``; ``triton_launch.py`` makes them. The rest are device functions. A *tile* here is the part
+of a block that one program owns or reads in one iteration; blocks of any length are cut into
+tiles. Offsets of one (sample, head) are int64, and a shared dimension has stride 0.
+
+Strides are fields beside the tensors, not a tuple of their own: Triton 3.6 forgets constants (a
+stride of 1) in a tuple within a tuple.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def own_tile(p_tiles, tile_strides, i_batch, i_head, parts):
-    """Return (block, part of it) that this program owns; a block beyond the last means none.
+class Rows(NamedTuple):
+    """A tensor of tokens, ``[batch, seq, heads, head_dim]``, and its four strides."""
 
-    ``p_tiles`` is None where every block has the same number of parts.
+    data: Any
+    batch: Any
+    seq: Any
+    head: Any
+    dim: Any
+
+
+class Side(NamedTuple):
+    """One side of a plan; ``_batch`` and ``_head`` are strides.
+
+    Args:
+        starts: First slot of every block, or None: block ``i`` starts at ``i * longest``.
+        lengths: Slots of every block.
+        permutation: Token of every slot, or None: slots are tokens.
+        weight: Log weight of every slot, or None.
+        tiles: (block, part) of every tile, or None: every block has ``parts`` tiles.
+        blocks: How many blocks.
+        longest: Slots of the longest one.
+        parts: Tiles that the longest one takes.
+    """
+
+    starts: Any
+    lengths: Any
+    permutation: Any
+    weight: Any
+    tiles: Any
+    blocks: Any
+    longest: Any
+    parts: Any
+    starts_batch: Any
+    starts_head: Any
+    lengths_batch: Any
+    lengths_head: Any
+    permutation_batch: Any
+    permutation_head: Any
+    weight_batch: Any
+    weight_head: Any
+    tiles_batch: Any
+    tiles_head: Any
+
+
+class Lists(NamedTuple):
+    """Which blocks of the other side each block reads; ``_batch``, ``_head``, ``_block``: strides.
+
+    Args:
+        counts: ``[batch|1, heads|1, blocks]``.
+        indices: ``[batch|1, heads|1, blocks, cap]``, ascending.
+        partial: Bit tile of every entry, -1 = none, or None.
+        bits: The bit tiles, ``[count, q_longest, words]``, or None.
+    """
+
+    counts: Any
+    indices: Any
+    partial: Any
+    bits: Any
+    counts_batch: Any
+    counts_head: Any
+    counts_block: Any
+    indices_batch: Any
+    indices_head: Any
+    indices_block: Any
+    partial_batch: Any
+    partial_head: Any
+    partial_block: Any
+
+
+@triton.jit
+def side_offsets(side, i_batch, i_head):
+    """Return where one (sample, head) starts in starts, lengths, permutation and weight."""
+    at_starts = i_batch * side.starts_batch + i_head * side.starts_head
+    at_lengths = i_batch * side.lengths_batch + i_head * side.lengths_head
+    at_permutation = i_batch * side.permutation_batch + i_head * side.permutation_head
+    at_weight = i_batch * side.weight_batch + i_head * side.weight_head
+    return at_starts, at_lengths, at_permutation, at_weight
+
+
+@triton.jit
+def block_span(side, at, i_block):
+    """Return first slot and length of a block."""
+    length = tl.load(side.lengths + at[1] + i_block)
+    if side.starts is None:
+        return i_block * side.longest, length
+    else:
+        return tl.load(side.starts + at[0] + i_block), length
+
+
+@triton.jit
+def own_rows(side, at, i_batch, i_head, BLOCK: tl.constexpr):
+    """Find the tile that this program owns.
+
+    Returns:
+        The block, its first slot, its length, and the tile's first row in it: none is there where
+        that is not below the length.
     """
     i_tile = tl.program_id(0)
-    if p_tiles is None:
-        return i_tile // parts, i_tile % parts
+    if side.tiles is None:
+        i_block = i_tile // side.parts
+        start, length = block_span(side, at, i_block)
+        return i_block, start, length, i_tile % side.parts * BLOCK
     else:
-        p_tile = p_tiles + i_batch * tile_strides[0] + i_head * tile_strides[1] + i_tile * 2
-        return tl.load(p_tile), tl.load(p_tile + 1)
+        p_tile = side.tiles + i_batch * side.tiles_batch + i_head * side.tiles_head + i_tile * 2
+        i_found = tl.load(p_tile)
+        i_block = tl.minimum(i_found, side.blocks - 1)  # behind the last tile: no block
+        start, length = block_span(side, at, i_block)
+        length = tl.where(i_found < side.blocks, length, 0)
+        return i_block, start, length, tl.load(p_tile + 1) * BLOCK
 
 
 @triton.jit
-def leading(p_tensor, i_batch, i_head, batch_stride, head_stride):
-    """Step to one (sample, head) of a plan's tensor; a shared dimension has stride 0.
-
-    Not for a pointer that may be None: Triton 3.6 cannot return one.
-    """
-    return p_tensor + i_batch * batch_stride + i_head * head_stride
-
-
-@triton.jit
-def own_span(
-    p_starts, p_lengths, strides, i_batch, i_head, i_block, max_length, SPREAD: tl.constexpr
-):
-    """Return first slot and length of the block that this program owns."""
-    return block_span(
-        leading(p_starts, i_batch, i_head, strides[0], strides[1]),
-        leading(p_lengths, i_batch, i_head, strides[2], strides[3]),
-        i_block,
-        max_length,
-        SPREAD,
+def own_list(lists, i_batch, i_head, i_block):
+    """Return the count of a block's list, a pointer to it, and where its bit tiles are named."""
+    i_row = i_block.to(tl.int64)
+    at_count = i_batch * lists.counts_batch + i_head * lists.counts_head
+    at_list = i_batch * lists.indices_batch + i_head * lists.indices_head
+    at_partial = i_batch * lists.partial_batch + i_head * lists.partial_head
+    return (
+        tl.load(lists.counts + at_count + i_row * lists.counts_block),
+        lists.indices + at_list + i_row * lists.indices_block,
+        at_partial + i_row * lists.partial_block,
     )
 
 
 @triton.jit
-def own_list(p_counts, p_indices, strides, i_batch, i_head, i_block):
-    """Point at the count and at the list of the block that this program owns."""
-    i_row = i_block.to(tl.int64)
-    p_count = leading(p_counts, i_batch, i_head, strides[0], strides[1]) + i_row * strides[2]
-    p_list = leading(p_indices, i_batch, i_head, strides[3], strides[4]) + i_row * strides[5]
-    return p_count, p_list
-
-
-@triton.jit
-def block_span(p_starts, p_lengths, i_block, max_length, SPREAD: tl.constexpr):
-    """Return first slot and length of a block."""
-    length = tl.load(p_lengths + i_block)
-    if SPREAD:
-        return i_block * max_length, length
-    else:
-        return tl.load(p_starts + i_block), length
-
-
-@triton.jit
-def walk_total(p_list, count, p_lengths, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+def walk_total(side, at, p_list, count, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     """Count the tiles of all listed blocks; a block of length 0 still takes one.
 
     ``CHUNKS`` is the number of tiles of every block, or 0 where it follows from its length.
@@ -79,36 +155,32 @@ def walk_total(p_list, count, p_lengths, BLOCK: tl.constexpr, CHUNKS: tl.constex
             i_entry = first + tl.arange(0, 128)
             m_entry = i_entry < count
             i_block = tl.load(p_list + i_entry, mask=m_entry, other=0)
-            length = tl.load(p_lengths + i_block, mask=m_entry, other=0)
+            length = tl.load(side.lengths + at[1] + i_block, mask=m_entry, other=0)
             tiles = tl.maximum((length + BLOCK - 1) // BLOCK, 1)
             total += tl.where(m_entry, tiles, 0)
         return tl.sum(total, 0)
 
 
 @triton.jit
-def walk_first(p_list, count, p_starts, p_lengths, max_length, SPREAD: tl.constexpr):
+def walk_first(side, at, p_list, count):
     """Return (start, length) of the first listed block and the number of the second one."""
-    start, length = block_span(
-        p_starts, p_lengths, tl.load(p_list, mask=count > 0, other=0), max_length, SPREAD
-    )
+    start, length = block_span(side, at, tl.load(p_list, mask=count > 0, other=0))
     return start, length, tl.load(p_list + 1, mask=count > 1, other=0)
 
 
 @triton.jit
 def walk_next(
+    side,
+    at,
+    p_list,
+    count,
     i_entry,
     done,
     start,
     length,
     ahead,
-    p_list,
-    count,
-    p_starts,
-    p_lengths,
-    max_length,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SPREAD: tl.constexpr,
 ):
     """Step to the next tile of the walk.
 
@@ -118,7 +190,7 @@ def walk_next(
     Returns:
         The new ``i_entry, done, start, length, ahead``.
     """
-    start_ahead, length_ahead = block_span(p_starts, p_lengths, ahead, max_length, SPREAD)
+    start_ahead, length_ahead = block_span(side, at, ahead)
     ahead_next = tl.load(p_list + i_entry + 2, mask=i_entry + 2 < count, other=0)
     if CHUNKS == 1:
         return i_entry + 1, done, start_ahead, length_ahead, ahead_next
@@ -135,12 +207,12 @@ def walk_next(
 
 
 @triton.jit
-def row_tokens(p_permutation, start, rows, m_rows):
+def row_tokens(side, at, start, rows, m_rows):
     """Return the token of each slot ``start + rows``: int64 ``[ROWS]``, 0 where masked."""
-    if p_permutation is None:
+    if side.permutation is None:
         return start.to(tl.int64) + rows
     else:
-        return tl.load(p_permutation + start + rows, mask=m_rows, other=0)
+        return tl.load(side.permutation + at[2] + start + rows, mask=m_rows, other=0)
 
 
 @triton.jit
@@ -156,35 +228,37 @@ def aligned(offset, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def head_offset(i_batch, i_head, strides, ALIGN: tl.constexpr):
-    """Return the offset of one (sample, head) of ``[batch, seq, heads, head_dim]``, int64."""
-    return aligned(i_batch * strides[0] + i_head * strides[2], ALIGN)
+def head_rows(rows, i_batch, i_head, ALIGN: tl.constexpr):
+    """Point at the rows of one (sample, head)."""
+    return rows.data + aligned(i_batch * rows.batch + i_head * rows.head, ALIGN)
 
 
 @triton.jit
 def row_pointers(
     p_rows,
-    strides,
-    p_permutation,
-    start,
     rows,
+    p_permutation,
+    at_permutation,
+    start,
+    offsets,
     m_rows,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Point at the rows of slots ``start + rows``: ``[ROWS, BLOCK_D]``.
+    """Point at the rows of slots ``start + offsets``: ``[ROWS, BLOCK_D]``.
 
     Without a permutation only the start is multiplied in 64 bits: the offsets within a tile stay
     the same over a whole walk and cost no register pair each.
     """
     columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    seq_stride = aligned(strides[1], ALIGN)
+    seq_stride = aligned(rows.seq, ALIGN)
     if p_permutation is None:
-        offset = rows[:, None] * seq_stride + columns[None, :] * strides[3]  # [ROWS, BLOCK_D]
+        offset = offsets[:, None] * seq_stride + columns[None, :] * rows.dim  # [ROWS, BLOCK_D]
         return p_rows + start.to(tl.int64) * seq_stride + offset
     else:
-        token = tl.load(p_permutation + start + rows, mask=m_rows, other=0)  # [ROWS]
-        return p_rows + token[:, None] * seq_stride + columns[None, :] * strides[3]
+        slots = at_permutation + start + offsets
+        token = tl.load(p_permutation + slots, mask=m_rows, other=0)  # [ROWS]
+        return p_rows + token[:, None] * seq_stride + columns[None, :] * rows.dim
 
 
 @triton.jit
@@ -199,78 +273,18 @@ def row_mask(m_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def load_rows(
     p_rows,
-    strides,
-    p_permutation,
-    start,
     rows,
+    p_permutation,
+    at_permutation,
+    start,
+    offsets,
     m_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Load the rows of slots ``start + rows``, 0 where masked: ``[ROWS, BLOCK_D]``."""
-    p_block = row_pointers(p_rows, strides, p_permutation, start, rows, m_rows, BLOCK_D, ALIGN)
+    """Load the rows of slots ``start + offsets``, 0 where masked: ``[ROWS, BLOCK_D]``."""
+    p_block = row_pointers(
+        p_rows, rows, p_permutation, at_permutation, start, offsets, m_rows, BLOCK_D, ALIGN
+    )
     return tl.load(p_block, mask=row_mask(m_rows, HEAD_DIM, BLOCK_D), other=0.0)
-
-
-@triton.jit
-def tile_bits(
-    p_tiles,
-    number,
-    q_max,
-    kv_max,
-    rows,
-    done,
-    length,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """Read a bit tile, or all ones where ``number`` is negative (a whole block).
-
-    There is no branch on purpose: on Hopper one would serialise the matrix instructions. Words
-    are loaded a column of 32 keys at a time; a pointer per pair would take as many registers as
-    the scores.
-
-    Args:
-        p_tiles: int32 ``[count, q_max, ceil(kv_max / 32)]``.
-        number: Row of ``p_tiles``.
-        q_max: Longest query block.
-        kv_max: Longest key block.
-        rows: Query offsets within the block, ``[BLOCK_M]``.
-        done: Key offset within the block, a multiple of ``BLOCK_N``.
-        length: Keys in the block.
-        BLOCK_M: Rows.
-        BLOCK_N: Columns.
-        TRANSPOSED: Keys stand in rows.
-
-    Returns:
-        True where the tile keeps the pair, ``[BLOCK_M, BLOCK_N]`` (or transposed); and for each
-        row a number that is not 0 where it keeps any existing key, ``[BLOCK_M]``.
-    """
-    WORDS: tl.constexpr = (BLOCK_N + 31) // 32
-    words = (kv_max + 31) // 32
-    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    p_word = p_tiles + number.to(tl.int64) * q_max * words + rows * words + done // 32
-    if TRANSPOSED:
-        bits = tl.full([BLOCK_N, BLOCK_M], -1, tl.int32)
-    else:
-        bits = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
-    kept = tl.zeros([BLOCK_M], tl.int32)
-    first = done % 32  # 0, or 16 where half a word is a whole tile
-    for i_word in tl.static_range(WORDS):
-        # (The interpreter makes numbers of a row mask that is combined with a scalar one.)
-        existing_rows = tl.where(number >= 0, q_max, 0)
-        existing_rows = tl.where(words > done // 32 + i_word, existing_rows, 0)
-        word = tl.load(p_word + i_word, mask=rows < existing_rows, other=-1)  # [BLOCK_M]
-        here_word = columns // 32 == i_word  # [BLOCK_N]
-        if TRANSPOSED:
-            bits = tl.where(here_word[:, None], word[None, :], bits)
-        else:
-            bits = tl.where(here_word[None, :], word[:, None], bits)
-        here = tl.minimum(tl.maximum(length - done - 32 * i_word, 0), min(BLOCK_N, 32))
-        existing = (1 << here.to(tl.int64)) - 1
-        kept = kept | ((word >> first) & existing.to(tl.int32))
-    shift = first + columns % 32  # [BLOCK_N]
-    shift = shift[:, None] if TRANSPOSED else shift[None, :]
-    return ((bits >> shift) & 1) == 1, kept

@@ -15,16 +15,14 @@ import triton
 import triton.language as tl
 
 from dit_sparse.kernels.triton_blocks import (
-    head_offset,
-    leading,
+    head_rows,
     load_rows,
     own_list,
-    own_span,
-    own_tile,
+    own_rows,
     row_mask,
     row_pointers,
     row_tokens,
-    tile_bits,
+    side_offsets,
     walk_first,
     walk_next,
     walk_total,
@@ -32,24 +30,21 @@ from dit_sparse.kernels.triton_blocks import (
 from dit_sparse.kernels.triton_launch import (
     Launch,
     alignment,
-    list_arguments,
-    side_arguments,
+    factors,
+    lists_of,
+    owned_side,
+    rows_of,
     strides_of,
+    tile_constants,
+    walked_side,
 )
-from dit_sparse.kernels.triton_target import (
-    Tiling,
-    precision,
-    repair_tiling,
-    walk_chunks,
-)
+from dit_sparse.kernels.triton_scores import row_lse, score_tile, soften
+from dit_sparse.kernels.triton_target import Tiling, repair_tiling, walk_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.plan import BlockPlan
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -76,42 +71,22 @@ def split_non_finite(b_v, m_pair, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend_fwd_kernel(
-    p_query,
-    p_key,
-    p_value,
-    p_output,
+    query,
+    key,
+    value,
+    output,
     p_lse,
-    query_strides,
-    key_strides,
-    value_strides,
-    output_strides,
     lse_strides,
-    p_q_starts,
-    p_q_lengths,
-    p_q_permutation,
-    p_q_tiles,
-    q_strides,
-    q_max,
-    q_parts,
-    p_kv_starts,
-    p_kv_lengths,
-    p_kv_permutation,
-    p_kv_weight,
-    kv_strides,
-    kv_max,
-    p_counts,
-    p_indices,
-    p_partial,
-    p_tiles,
-    list_strides,
-    q_blocks,
-    qk_scale,
+    q,
+    kv,
+    lists,
+    scale,
+    factor,
+    drift,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    Q_SPREAD: tl.constexpr,
-    KV_SPREAD: tl.constexpr,
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,21 +100,15 @@ def attend_fwd_kernel(
     """
     i_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
-    i_q, i_part = own_tile(p_q_tiles, (q_strides[6], q_strides[7]), i_batch, i_head, q_parts)
-    if i_q >= q_blocks:
+    q_at = side_offsets(q, i_batch, i_head)
+    i_q, q_start, q_length, first = own_rows(q, q_at, i_batch, i_head, BLOCK_M)
+    if first >= q_length:
         return
-    q_start, q_length = own_span(
-        p_q_starts, p_q_lengths, q_strides, i_batch, i_head, i_q, q_max, Q_SPREAD
-    )
-    if i_part * BLOCK_M >= q_length:
-        return
-    rows = i_part * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_rows = rows < q_length  # [BLOCK_M]
-    if p_q_permutation is not None:
-        p_q_permutation += i_batch * q_strides[4] + i_head * q_strides[5]
     p_output = row_pointers(
-        p_output + head_offset(i_batch, i_head, output_strides, ALIGN), output_strides,
-        p_q_permutation, q_start, rows, m_rows, BLOCK_D, ALIGN,
+        head_rows(output, i_batch, i_head, ALIGN), output, q.permutation, q_at[2], q_start,
+        rows, m_rows, BLOCK_D, ALIGN,
     )  # fmt: skip
     m_out = row_mask(m_rows, HEAD_DIM, BLOCK_D)
     if REPAIR:
@@ -147,98 +116,55 @@ def attend_fwd_kernel(
         if tl.max(((b_old - b_old) != 0.0).to(tl.int32)) == 0:
             return
     b_q = load_rows(
-        p_query + head_offset(i_batch, i_head, query_strides, ALIGN), query_strides,
-        p_q_permutation, q_start, rows, m_rows, HEAD_DIM, BLOCK_D, ALIGN,
+        head_rows(query, i_batch, i_head, ALIGN), query, q.permutation, q_at[2], q_start,
+        rows, m_rows, HEAD_DIM, BLOCK_D, ALIGN,
     )  # fmt: skip  # [BLOCK_M, BLOCK_D]
+    p_key = head_rows(key, i_batch, i_head, ALIGN)
+    p_value = head_rows(value, i_batch, i_head, ALIGN)
+    at = side_offsets(kv, i_batch, i_head)
+    count, p_list, at_partial = own_list(lists, i_batch, i_head, i_q)
 
-    p_key += head_offset(i_batch, i_head, key_strides, ALIGN)
-    p_value += head_offset(i_batch, i_head, value_strides, ALIGN)
-    p_kv_starts = leading(p_kv_starts, i_batch, i_head, kv_strides[0], kv_strides[1])
-    p_kv_lengths = leading(p_kv_lengths, i_batch, i_head, kv_strides[2], kv_strides[3])
-    if p_kv_permutation is not None:
-        p_kv_permutation += i_batch * kv_strides[4] + i_head * kv_strides[5]
-    if p_kv_weight is not None:
-        p_kv_weight += i_batch * kv_strides[6] + i_head * kv_strides[7]
-    p_count, p_list = own_list(p_counts, p_indices, list_strides, i_batch, i_head, i_q)
-    if p_partial is not None:
-        p_partial += i_batch * list_strides[6] + i_head * list_strides[7]
-        p_partial += i_q.to(tl.int64) * list_strides[8]
-
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum, in log2 units
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_extra = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if REPAIR else 0.0
-    kept = tl.zeros([BLOCK_M], tl.int32) if p_partial is not None else 0  # 0: no key kept yet
-    # With weights the scores are scaled before they are added; else within the exponent.
-    factor = qk_scale if p_kv_weight is None else 1.0
-    count = tl.load(p_count)
-    tiles = walk_total(p_list, count, p_kv_lengths, BLOCK_N, CHUNKS)
-    start, length, ahead = walk_first(p_list, count, p_kv_starts, p_kv_lengths, kv_max, KV_SPREAD)
+    kept = tl.zeros([BLOCK_M], tl.int32) if lists.partial is not None else 0  # 0: none yet
+    tiles = walk_total(kv, at, p_list, count, BLOCK_N, CHUNKS)
+    start, length, ahead = walk_first(kv, at, p_list, count)
     i_entry = 0
     done = 0
     for _ in tl.range(0, tiles, num_stages=STAGES):
-        columns = done + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        m_columns = columns < length  # [BLOCK_N]
-        if p_kv_weight is not None:
-            weight = tl.load(p_kv_weight + start + columns, mask=m_columns, other=float("-inf"))
-            m_columns = m_columns & (weight != float("-inf"))
-        b_k = load_rows(
-            p_key, key_strides, p_kv_permutation, start, columns, m_columns, HEAD_DIM, BLOCK_D,
-            ALIGN,
-        )  # fmt: skip  # [BLOCK_N, BLOCK_D]
-        score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if p_kv_weight is not None:
-            score = score * qk_scale + (weight * LOG2_E)[None, :]
-            score = tl.where(m_columns[None, :], score, float("-inf"))
-        elif length - done < BLOCK_N:
-            score = tl.where(m_columns[None, :], score, float("-inf"))
+        score, _b_k, m_columns, m_pair, kept_here = score_tile(
+            b_q, p_key, key, kv, at, lists, at_partial, i_entry, q.longest, rows, start,
+            done, length, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ALIGN,
+        )  # fmt: skip
+        kept = kept | kept_here
         b_v = load_rows(
-            p_value, value_strides, p_kv_permutation, start, columns, m_columns, HEAD_DIM,
-            BLOCK_D, ALIGN,
+            p_value, value, kv.permutation, at[2], start, done + tl.arange(0, BLOCK_N),
+            m_columns, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip  # [BLOCK_N, BLOCK_D]
-        m_pair = m_rows[:, None] & m_columns[None, :]  # [BLOCK_M, BLOCK_N]
-        if p_partial is not None:
-            m_tile, m_any = tile_bits(
-                p_tiles, tl.load(p_partial + i_entry), q_max, kv_max, rows, done, length, BLOCK_M,
-                BLOCK_N, TRANSPOSED=False,
-            )  # fmt: skip
-            score = tl.where(m_tile, score, float("-inf"))
-            m_pair = m_pair & m_tile
-            kept = kept | m_any
-        elif p_kv_weight is not None:
-            kept += tl.sum(m_columns.to(tl.int32), 0)
-        else:
-            kept += tl.maximum(length - done, 0)
         if REPAIR:
-            b_v, b_more = split_non_finite(b_v, m_pair, PRECISION)
+            b_v, b_more = split_non_finite(b_v, m_rows[:, None] & m_pair, PRECISION)
             b_extra += b_more
-
-        peak_new = tl.maximum(peak, tl.max(score, 1) * factor)  # [BLOCK_M]
-        base = tl.where(peak_new == float("-inf"), 0.0, peak_new)  # [BLOCK_M]: nothing kept yet
-        b_p = tl.exp2(score * factor - base[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(peak - base)  # [BLOCK_M]
-        total = total * shrink + tl.sum(b_p, 1)
+        b_p, shrink, peak, total = soften(score, peak, total, factor)
         b_out = b_out * shrink[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-        peak = peak_new
         i_entry, done, start, length, ahead = walk_next(
-            i_entry, done, start, length, ahead,
-            p_list, count, p_kv_starts, p_kv_lengths, kv_max, BLOCK_N, CHUNKS, KV_SPREAD,
-        )  # fmt: skip
+            kv, at, p_list, count, i_entry, done, start, length, ahead, BLOCK_N, CHUNKS
+        )
 
     # Kept keys whose scores are all -inf give 0 / 0 = NaN, as dense attention does.
     b_out = b_out / total[:, None] + b_extra
-    if p_partial is not None:
-        if p_kv_weight is not None:  # the bits of a key that weighs nothing count for nothing
+    if lists.partial is not None:
+        if kv.weight is not None:  # the bits of a key that weighs nothing count for nothing
             kept = (total != 0.0).to(tl.int32)  # [BLOCK_M]
         b_out = tl.where(kept[:, None] == 0, 0.0, b_out)  # type: ignore[index]  # a block here
     elif kept == 0:
         b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tl.store(p_output, b_out.to(p_output.dtype.element_ty), mask=m_out)
-    token = row_tokens(p_q_permutation, q_start, rows, m_rows)  # [BLOCK_M]
-    lse = (peak + tl.log2(total)) * LN_2  # [BLOCK_M]; nothing kept: -inf + -inf
     p_lse += i_batch * lse_strides[0] + i_head * lse_strides[1]
-    tl.store(p_lse + token, lse, mask=m_rows)
+    p_lse += row_tokens(q, q_at, q_start, rows, m_rows)
+    tl.store(p_lse, row_lse(peak, total, drift), mask=m_rows)
 
 
 def forward_launch(
@@ -267,42 +193,25 @@ def forward_launch(
         repair: Compute tiles again whose output is not finite, instead of all tiles.
     """
     batch, _, heads, head_dim = query.shape
-    q_side, q_tiles = side_arguments("q", plan.q, plan.q_permutation, tiling.block_m)
-    kv_side, _ = side_arguments(
-        "kv", plan.kv, plan.kv_permutation, None, weight=plan.kv_log_weight
-    )
+    q_side, tiles = owned_side(plan.q, plan.q_permutation, tiling.block_m)
     arguments = {
-        "p_query": query,
-        "p_key": key,
-        "p_value": value,
-        "p_output": output,
+        "query": rows_of(query),
+        "key": rows_of(key),
+        "value": rows_of(value),
+        "output": rows_of(output),
         "p_lse": lse,
-        "query_strides": query.stride(),
-        "key_strides": key.stride(),
-        "value_strides": value.stride(),
-        "output_strides": output.stride(),
         "lse_strides": strides_of(lse),
-        **q_side,
-        **kv_side,
-        **list_arguments(plan.kv_num_blocks, plan.kv_indices, plan.partial),
-        "p_tiles": plan.tiles,
-        "q_blocks": plan.q.blocks,
-        "qk_scale": scale * LOG2_E.value,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": tiling.block_m,
-        "BLOCK_N": tiling.block_n,
-        "Q_SPREAD": plan.q.spread,
-        "KV_SPREAD": plan.kv.spread,
+        "q": q_side,
+        "kv": walked_side(plan.kv, plan.kv_permutation, plan.kv_log_weight),
+        "lists": lists_of(plan.kv_num_blocks, plan.kv_indices, plan.partial, plan.tiles),
+        **factors(scale, weighted=plan.kv_log_weight is not None),
+        **tile_constants(head_dim, query.dtype, tiling),
         "CHUNKS": walk_chunks(plan.kv, tiling.block_n),
-        "STAGES": tiling.stages,
-        "PRECISION": precision(query.dtype),
         "ALIGN": alignment(query, key, value, output),
         "REPAIR": repair,
     }
-    return Launch(
-        attend_fwd_kernel, (q_tiles, heads, batch), arguments, tiling.warps, tiling.stages
-    )
+    grid = (tiles, heads, batch)
+    return Launch(attend_fwd_kernel, grid, arguments, tiling.warps, tiling.stages)
 
 
 def forward(

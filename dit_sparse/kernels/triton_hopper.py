@@ -19,15 +19,15 @@ import triton.language as tl
 from dit_sparse.errors import KernelError
 from dit_sparse.kernels.triton_blocks import (
     block_span,
-    head_offset,
-    leading,
+    head_rows,
     own_list,
-    own_span,
-    own_tile,
+    own_rows,
     row_pointers,
+    side_offsets,
 )
 from dit_sparse.kernels.triton_forward import forward_launch
 from dit_sparse.kernels.triton_launch import Launch
+from dit_sparse.kernels.triton_scores import row_lse, soften
 from dit_sparse.kernels.triton_target import Tiling, repair_tiling, target_of
 
 if TYPE_CHECKING:
@@ -37,44 +37,27 @@ if TYPE_CHECKING:
 
     from dit_sparse.plan import BlockPlan
 
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-UNUSED = ("p_q_permutation", "p_kv_permutation", "p_kv_weight", "p_partial", "p_tiles")
+UNUSED = ("scale", "BLOCK_D", "PRECISION", "ALIGN", "REPAIR")
 
 
 @triton.jit
 def attend_hopper_fwd_kernel(
-    p_query,
-    p_key,
-    p_value,
-    p_output,
+    query,
+    key,
+    value,
+    output,
     p_lse,
-    query_strides,
-    key_strides,
-    value_strides,
-    output_strides,
     lse_strides,
-    p_q_starts,
-    p_q_lengths,
-    p_q_tiles,
-    q_strides,
-    q_max,
-    q_parts,
+    q,
+    kv,
+    lists,
     q_tokens,
-    p_kv_starts,
-    p_kv_lengths,
-    kv_strides,
-    kv_max,
     kv_tokens,
-    p_counts,
-    p_indices,
-    list_strides,
-    q_blocks,
-    qk_scale,
+    factor,
+    drift,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    Q_SPREAD: tl.constexpr,
-    KV_SPREAD: tl.constexpr,
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -82,65 +65,53 @@ def attend_hopper_fwd_kernel(
     """Compute ``BLOCK_M`` query rows of one (sample, head); every key block takes CHUNKS tiles."""
     i_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
-    i_q, i_part = own_tile(p_q_tiles, (q_strides[6], q_strides[7]), i_batch, i_head, q_parts)
+    q_at = side_offsets(q, i_batch, i_head)
     # No early return: the compiler cannot specialise warps behind one. Idle programs do nothing.
-    idle = i_q >= q_blocks
-    i_q = tl.minimum(i_q, q_blocks - 1)
-    q_start, q_length = own_span(
-        p_q_starts, p_q_lengths, q_strides, i_batch, i_head, i_q, q_max, Q_SPREAD
-    )
-    q_length = tl.where(idle, 0, q_length)
-    rows = i_part * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    i_q, q_start, q_length, first = own_rows(q, q_at, i_batch, i_head, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_rows = rows < q_length  # [BLOCK_M]
     # The queries too: the compiler does not specialise warps behind a load by pointers. Rows
     # behind the block's end come along and are not stored.
     queries = tl.make_tensor_descriptor(
-        p_query + head_offset(i_batch, i_head, query_strides, 8),
-        [q_tokens, HEAD_DIM], [query_strides[1], 1], [BLOCK_M, HEAD_DIM],
+        head_rows(query, i_batch, i_head, 8),
+        [q_tokens, HEAD_DIM], [query.seq, 1], [BLOCK_M, HEAD_DIM],
     )  # fmt: skip
-    b_q = queries.load([q_start + i_part * BLOCK_M, 0])  # [BLOCK_M, HEAD_DIM]
+    b_q = queries.load([q_start + first, 0])  # [BLOCK_M, HEAD_DIM]
     keys = tl.make_tensor_descriptor(
-        p_key + head_offset(i_batch, i_head, key_strides, 8),
-        [kv_tokens, HEAD_DIM], [key_strides[1], 1], [BLOCK_N, HEAD_DIM],
+        head_rows(key, i_batch, i_head, 8),
+        [kv_tokens, HEAD_DIM], [key.seq, 1], [BLOCK_N, HEAD_DIM],
     )  # fmt: skip
     values = tl.make_tensor_descriptor(
-        p_value + head_offset(i_batch, i_head, value_strides, 8),
-        [kv_tokens, HEAD_DIM], [value_strides[1], 1], [BLOCK_N, HEAD_DIM],
+        head_rows(value, i_batch, i_head, 8),
+        [kv_tokens, HEAD_DIM], [value.seq, 1], [BLOCK_N, HEAD_DIM],
     )  # fmt: skip
-    p_kv_starts = leading(p_kv_starts, i_batch, i_head, kv_strides[0], kv_strides[1])
-    p_kv_lengths = leading(p_kv_lengths, i_batch, i_head, kv_strides[2], kv_strides[3])
-    p_count, p_list = own_list(p_counts, p_indices, list_strides, i_batch, i_head, i_q)
+    at = side_offsets(kv, i_batch, i_head)
+    count, p_list, _ = own_list(lists, i_batch, i_head, i_q)
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum, in log2 units
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     b_out = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    count = tl.where(i_part * BLOCK_M < q_length, tl.load(p_count), 0)
+    count = tl.where(first < q_length, count, 0)
     for i in tl.range(0, count * CHUNKS, num_stages=STAGES, warp_specialize=SPECIALIZE):
-        i_kv = tl.load(p_list + i // CHUNKS)
-        start, length = block_span(p_kv_starts, p_kv_lengths, i_kv, kv_max, KV_SPREAD)
+        start, length = block_span(kv, at, tl.load(p_list + i // CHUNKS))
         done = i % CHUNKS * BLOCK_N
         b_k = keys.load([start + done, 0])  # [BLOCK_N, HEAD_DIM]
         score = tl.dot(b_q, tl.trans(b_k))  # [BLOCK_M, BLOCK_N]
         score = tl.where((columns < length - done)[None, :], score, float("-inf"))
-        peak_new = tl.maximum(peak, tl.max(score, 1) * qk_scale)  # [BLOCK_M]
-        base = tl.where(peak_new == float("-inf"), 0.0, peak_new)  # [BLOCK_M]: nothing kept yet
-        b_p = tl.exp2(score * qk_scale - base[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(peak - base)  # [BLOCK_M]
-        total = total * shrink + tl.sum(b_p, 1)
+        b_p, shrink, peak, total = soften(score, peak, total, factor)
         b_out = b_out * shrink[:, None]
         b_v = values.load([start + done, 0])  # [BLOCK_N, HEAD_DIM]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
-        peak = peak_new
     # 0 / 0 where nothing is kept is repaired with what else is not finite.
     p_block = row_pointers(
-        p_output + head_offset(i_batch, i_head, output_strides, 8), output_strides, None,
-        q_start, rows, m_rows, HEAD_DIM, 8,
+        head_rows(output, i_batch, i_head, 8), output, None, 0, q_start, rows, m_rows,
+        HEAD_DIM, 8,
     )  # fmt: skip
-    b_out = (b_out / total[:, None]).to(p_output.dtype.element_ty)
+    b_out = (b_out / total[:, None]).to(p_block.dtype.element_ty)
     tl.store(p_block, b_out, mask=m_rows[:, None])
     p_lse += i_batch * lse_strides[0] + i_head * lse_strides[1] + q_start
-    tl.store(p_lse + rows, (peak + tl.log2(total)) * LN_2, mask=m_rows)
+    tl.store(p_lse + rows, row_lse(peak, total, drift), mask=m_rows)
 
 
 def hopper_reasons_against(
@@ -200,8 +171,6 @@ def hopper_launch(
     """
     plain = forward_launch(query, key, value, output, lse, plan, scale, tiling)
     arguments = {name: value for name, value in plain.arguments.items() if name not in UNUSED}
-    for name in ("BLOCK_D", "PRECISION", "ALIGN", "REPAIR"):
-        del arguments[name]
     arguments["CHUNKS"] = -(-plan.kv.max_length // tiling.block_n)
     arguments["q_tokens"], arguments["kv_tokens"] = query.shape[1], key.shape[1]
     arguments["SPECIALIZE"] = tiling.specialize

@@ -7,11 +7,15 @@ from the same arguments.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+
+from dit_sparse.kernels.triton_blocks import Lists, Rows, Side
+from dit_sparse.kernels.triton_target import Tiling, precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,50 +90,77 @@ def packed(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
-def side_arguments(
-    side: str,
-    layout: BlockLayout,
-    permutation: Tensor | None,
-    own_block: int | None,
-    *,
-    weight: Tensor | None = None,
-    table: bool = True,
-) -> tuple[dict[str, Any], int]:
-    """Describe one side of a plan to a kernel.
+def rows_of(tensor: Tensor) -> Rows:
+    """Describe ``[batch, seq, heads, head_dim]`` to a kernel."""
+    return Rows(tensor, *tensor.stride())
 
-    Args:
-        side: "q" or "kv": the prefix of the arguments' names.
-        layout: Its blocks.
-        permutation: Its permutation.
-        own_block: Rows of the tile that one program owns; None where programs walk this side.
-        weight: Its log weights (only for a side that is walked).
-        table: Whether programs may find their tile through a table.
+
+def owned_side(
+    layout: BlockLayout, permutation: Tensor | None, own: int, weight: Tensor | None = None
+) -> tuple[Side, int]:
+    """Describe the side whose tiles programs own, ``own`` rows each, with its log weights.
 
     Returns:
-        Arguments by name, and how many tiles there are (0 where programs walk this side).
+        The side, and how many tiles there are.
     """
-    starts, lengths = packed(layout.starts), packed(layout.lengths)
-    permutation, weight = packed(permutation), packed(weight)
-    arguments: dict[str, Any] = {
-        f"p_{side}_starts": starts,
-        f"p_{side}_lengths": lengths,
-        f"p_{side}_permutation": permutation,
-        f"{side}_max": layout.max_length,
+    parts = -(-layout.max_length // own)
+    tiles = tile_table(layout, own) if parts > MAX_PARTS and not layout.spread else None
+    count = layout.blocks * parts if tiles is None else tiles.shape[2]
+    return _side(layout, permutation, weight, tiles, parts), count
+
+
+def walked_side(
+    layout: BlockLayout, permutation: Tensor | None = None, weight: Tensor | None = None
+) -> Side:
+    """Describe the side that programs walk, with its log weights."""
+    return _side(layout, permutation, weight, None, 0)
+
+
+def _side(
+    layout: BlockLayout,
+    permutation: Tensor | None,
+    weight: Tensor | None,
+    tiles: Tensor | None,
+    parts: int,
+) -> Side:
+    starts, lengths = None if layout.spread else packed(layout.starts), packed(layout.lengths)
+    tensors = (starts, lengths, packed(permutation), packed(weight), tiles)
+    strides = tuple(stride for tensor in tensors for stride in strides_of(tensor))
+    return Side(*tensors, layout.blocks, layout.max_length, parts, *strides)
+
+
+def lists_of(
+    counts: Tensor, indices: Tensor, partial: Tensor | None, bits: Tensor | None
+) -> Lists:
+    """Describe block lists ``[batch|1, heads|1, blocks(, cap)]`` to a kernel."""
+    indices, partial = packed(indices), packed(partial)
+    strides = strides_of(counts, 3) + strides_of(indices, 3) + strides_of(partial, 3)
+    return Lists(counts, indices, partial, bits, *strides)
+
+
+def factors(scale: float, *, weighted: bool) -> dict[str, float]:
+    """Split ``scale`` as ``triton_scores.py`` wants it: ``scale``, ``factor`` and ``drift``."""
+    exact = math.log2(math.e) * (1.0 if weighted else scale)
+    factor = float(torch.tensor(exact, dtype=torch.float32))
+    drift = exact / factor - 1 if factor else 0.0  # a factor below float32 makes all scores 0
+    return {"scale": scale, "factor": factor, "drift": drift}
+
+
+def tile_constants(head_dim: int, dtype: torch.dtype, tiling: Tiling) -> dict[str, Any]:
+    """Name the constants that every kernel over tiles of queries and keys has."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": padded_dim(head_dim),
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        "STAGES": tiling.stages,
+        "PRECISION": precision(dtype),
     }
-    strides = strides_of(starts) + strides_of(lengths) + strides_of(permutation)
-    if own_block is None:
-        arguments[f"p_{side}_weight"] = weight
-        arguments[f"{side}_strides"] = strides + strides_of(weight)
-        return arguments, 0
-    parts = -(-layout.max_length // own_block)
-    listed, tiles = None, layout.blocks * parts
-    if table and parts > MAX_PARTS and not layout.spread:
-        listed = tile_table(layout, own_block)
-        tiles = listed.shape[2]
-    arguments[f"p_{side}_tiles"] = listed
-    arguments[f"{side}_parts"] = parts
-    arguments[f"{side}_strides"] = strides + strides_of(listed)
-    return arguments, tiles
+
+
+def padded_dim(head_dim: int) -> int:
+    """Return the width that head_dim is padded to: a power of two that ``tl.dot`` takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def tile_table(layout: BlockLayout, own_block: int) -> Tensor:
@@ -147,14 +178,3 @@ def tile_table(layout: BlockLayout, own_block: int) -> Tensor:
     block = torch.searchsorted(ends.contiguous(), tile, right=True, out_int32=True)
     first = torch.cat([ends.new_zeros(*ends.shape[:2], 1), ends], -1)  # of each block, and behind
     return torch.stack([block, tile - first.gather(-1, block.long())], -1)
-
-
-def list_arguments(counts: Tensor, indices: Tensor, partial: Tensor | None) -> dict[str, Any]:
-    """Describe block lists ``[batch|1, heads|1, blocks(, cap)]`` to a kernel."""
-    indices, partial = packed(indices), packed(partial)
-    return {
-        "p_counts": counts,
-        "p_indices": indices,
-        "p_partial": partial,
-        "list_strides": strides_of(counts, 3) + strides_of(indices, 3) + strides_of(partial, 3),
-    }

@@ -15,101 +15,87 @@ import triton.language as tl
 
 from dit_sparse.kernels.triton_blocks import (
     block_span,
-    head_offset,
-    leading,
+    head_rows,
     load_rows,
-    own_span,
-    own_tile,
+    own_rows,
+    side_offsets,
 )
-from dit_sparse.kernels.triton_launch import Launch, alignment, side_arguments, strides_of
-from dit_sparse.kernels.triton_target import Tiling, precision
+from dit_sparse.kernels.triton_launch import (
+    Launch,
+    alignment,
+    factors,
+    rows_of,
+    strides_of,
+    tile_constants,
+    walked_side,
+)
+from dit_sparse.kernels.triton_scores import load_lse, softmax_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.grid import BlockLayout
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+    from dit_sparse.kernels.triton_target import Tiling
 
 
 @triton.jit
 def block_mass_fwd_kernel(
-    p_query,
-    p_key,
+    query,
+    key,
     p_lse,
     p_mass,
-    query_strides,
-    key_strides,
     lse_strides,
     mass_strides,
-    p_q_starts,
-    p_q_lengths,
-    p_q_permutation,  # noqa: ARG001  (slots are tokens here)
-    p_q_tiles,
-    q_strides,
-    q_max,
-    q_parts,
-    p_kv_starts,
-    p_kv_lengths,
-    p_kv_permutation,  # noqa: ARG001  (slots are tokens here)
-    p_kv_weight,  # noqa: ARG001  (a walked side has one)
-    kv_strides,
-    kv_max,
-    kv_blocks,
-    qk_scale,
+    q,
+    kv,
+    factor,
+    drift,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    Q_SPREAD: tl.constexpr,
-    KV_SPREAD: tl.constexpr,
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Sum ``exp(score - lse)`` of ``BLOCK_M`` query rows over each key block."""
+    """Sum ``exp(score - lse)`` of ``BLOCK_M`` query rows over each key block; no permutations."""
     i_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
-    i_q, i_part = own_tile(p_q_tiles, (q_strides[6], q_strides[7]), i_batch, i_head, q_parts)
-    q_start, q_length = own_span(
-        p_q_starts, p_q_lengths, q_strides, i_batch, i_head, i_q, q_max, Q_SPREAD
-    )
-    if i_part * BLOCK_M >= q_length:
+    q_at = side_offsets(q, i_batch, i_head)
+    i_q, q_start, q_length, first = own_rows(q, q_at, i_batch, i_head, BLOCK_M)
+    if first >= q_length:
         return
-    rows = i_part * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_rows = rows < q_length  # [BLOCK_M]
     b_q = load_rows(
-        p_query + head_offset(i_batch, i_head, query_strides, ALIGN), query_strides, None,
-        q_start, rows, m_rows, HEAD_DIM, BLOCK_D, ALIGN,
+        head_rows(query, i_batch, i_head, ALIGN), query, None, 0, q_start, rows, m_rows,
+        HEAD_DIM, BLOCK_D, ALIGN,
     )  # fmt: skip  # [BLOCK_M, BLOCK_D]
     p_lse += i_batch * lse_strides[0] + i_head * lse_strides[1] + q_start
-    lse = tl.load(p_lse + rows, mask=m_rows, other=float("-inf")) * LOG2_E  # [BLOCK_M]
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # such rows count nothing
-    p_key += head_offset(i_batch, i_head, key_strides, ALIGN)
-    p_kv_starts = leading(p_kv_starts, i_batch, i_head, kv_strides[0], kv_strides[1])
-    p_kv_lengths = leading(p_kv_lengths, i_batch, i_head, kv_strides[2], kv_strides[3])
+    log2_lse, rest = load_lse(p_lse + rows, m_rows, drift)
+    p_key = head_rows(key, i_batch, i_head, ALIGN)
+    at = side_offsets(kv, i_batch, i_head)
     p_mass += i_batch * mass_strides[0] + i_head * mass_strides[1]
-    p_mass += i_q.to(tl.int64) * mass_strides[2] + i_part * mass_strides[3]
+    p_mass += i_q.to(tl.int64) * mass_strides[2] + first // BLOCK_M * mass_strides[3]
 
     mass = tl.zeros([BLOCK_M], tl.float32)
     i_kv = 0
     done = 0
-    start, length = block_span(p_kv_starts, p_kv_lengths, 0, kv_max, KV_SPREAD)
-    for _ in tl.range(0, kv_blocks * CHUNKS, num_stages=STAGES):
+    start, length = block_span(kv, at, 0)
+    for _ in tl.range(0, kv.blocks * CHUNKS, num_stages=STAGES):
         columns = done + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         m_columns = columns < length  # [BLOCK_N]
         b_k = load_rows(
-            p_key, key_strides, None, start, columns, m_columns, HEAD_DIM, BLOCK_D, ALIGN
+            p_key, key, None, 0, start, columns, m_columns, HEAD_DIM, BLOCK_D, ALIGN
         )  # [BLOCK_N, BLOCK_D]
         score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if length - done < BLOCK_N:
             score = tl.where(m_columns[None, :], score, float("-inf"))
-        mass += tl.sum(tl.exp2(score * qk_scale - lse[:, None]), 1)
-        i_ahead = tl.minimum(i_kv + 1, kv_blocks - 1)
-        start_ahead, length_ahead = block_span(
-            p_kv_starts, p_kv_lengths, i_ahead, kv_max, KV_SPREAD
-        )
+        b_p = softmax_weights(score, log2_lse[:, None], rest[:, None], factor, PRECISION)
+        mass += tl.sum(b_p, 1)
+        i_ahead = tl.minimum(i_kv + 1, kv.blocks - 1)
+        start_ahead, length_ahead = block_span(kv, at, i_ahead)
         if CHUNKS == 1:
             tl.store(p_mass + i_kv, tl.sum(mass, 0))
             mass = tl.zeros([BLOCK_M], tl.float32)
@@ -141,32 +127,22 @@ def block_mass_launch(
     A query block of several tiles has several parts; ``mass`` is zero where a part is empty.
     """
     batch, _, heads, head_dim = query.shape
-    q_side, _ = side_arguments("q", q, None, tiling.block_m, table=False)
-    kv_side, _ = side_arguments("kv", kv, None, None)
     arguments = {
-        "p_query": query,
-        "p_key": key,
+        "query": rows_of(query),
+        "key": rows_of(key),
         "p_lse": lse,
         "p_mass": mass,
-        "query_strides": query.stride(),
-        "key_strides": key.stride(),
         "lse_strides": strides_of(lse),
         "mass_strides": mass.stride(),
-        **q_side,
-        **kv_side,
-        "kv_blocks": kv.blocks,
-        "qk_scale": scale * LOG2_E.value,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": tiling.block_m,
-        "BLOCK_N": tiling.block_n,
-        "Q_SPREAD": q.spread,
-        "KV_SPREAD": kv.spread,
+        # A part of ``mass`` per tile: all blocks take as many tiles as the longest, no table.
+        "q": walked_side(q)._replace(parts=mass.shape[3]),
+        "kv": walked_side(kv),
+        **factors(scale, weighted=False),
+        **tile_constants(head_dim, query.dtype, tiling),
         "CHUNKS": -(-kv.max_length // tiling.block_n),
-        "STAGES": tiling.stages,
-        "PRECISION": precision(query.dtype),
         "ALIGN": alignment(query, key),
     }
+    del arguments["scale"]  # for weights, which there are none of
     grid = (q.blocks * mass.shape[3], heads, batch)
     return Launch(block_mass_fwd_kernel, grid, arguments, tiling.warps, tiling.stages)
 

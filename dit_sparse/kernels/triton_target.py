@@ -89,15 +89,18 @@ def forward_tiling(
     wide = head_dim > 64
     if dtype == torch.float32:
         tiling = Tiling(32, 32, 4, 2) if wide else Tiling(64, 32, 8, 2)
-        tiling = Tiling(16, 32, 4, 1) if head_dim > 128 else tiling
         if target == "gfx942":
-            tiling = Tiling(tiling.block_m, 32, 4, 1)
+            tiling = Tiling(16 if head_dim > 128 else tiling.block_m, 32, 4, 1)
+        elif head_dim > 128:
+            tiling = Tiling(16, 16, 8, 1)
+        elif wide and target == "sm_80":
+            tiling = Tiling(32, 16, 4, 2)
     elif target == "gfx942":
         tiling = Tiling(64 if head_dim > 128 else 128, 64, 4, 1)
     elif target == "sm_80":
         tiling = Tiling(64 if head_dim > 128 else 128, 64, 8 if wide else 4, 2)
     elif target == "sm_90":
-        tiling = Tiling(128, 128 if plain and head_dim <= 128 else 64, 8, 2)
+        tiling = Tiling(128, 32 if head_dim > 128 else 128 if plain else 64, 8, 2)
     else:
         tiling = Tiling(128, 64 if wide else 128, 8, 2)
     block_m, block_n = rows_for(tiling.block_m, q_max), fit(tiling.block_n, kv_max)
@@ -133,6 +136,16 @@ def backward_tilings(
 def mass_tiling(target: str, dtype: torch.dtype, head_dim: int, q_max: int, kv_max: int) -> Tiling:
     """Choose the tiling of the block mass kernel; see ``forward_tiling`` for the arguments."""
     return forward_tiling(target, dtype, head_dim, q_max, kv_max, plain=False)
+
+
+def kmeans_tiling(target: str, dtype: torch.dtype, head_dim: int, clusters: int) -> Tiling:
+    """Choose the tiling of the k-means assignment: tokens by centroids."""
+    if dtype == torch.float32:
+        block_m, block_n, warps = 32, 32, 4
+    else:
+        block_m, block_n, warps = (64 if head_dim > 128 else 128), 64, 8
+    stages = 1 if target == "gfx942" or head_dim > 128 else 2
+    return Tiling(block_m, fit(block_n, clusters), warps, stages)
 
 
 def repair_tiling(tiling: Tiling) -> Tiling:

@@ -34,6 +34,7 @@ from dit_sparse.kernels.triton_attention import is_plain
 from dit_sparse.kernels.triton_backward import backward_launches
 from dit_sparse.kernels.triton_forward import forward_launch
 from dit_sparse.kernels.triton_hopper import hopper_launch, hopper_tiling
+from dit_sparse.kernels.triton_kmeans import assign_launch, update_launches
 from dit_sparse.kernels.triton_mass import block_mass_launch
 from dit_sparse.plan import BlockPlan
 
@@ -68,7 +69,8 @@ def source_of(launch):
             attributes[path] = [["tt.divisibility", 16]]
             return POINTER[value.dtype]
         if isinstance(value, tuple):
-            return tuple(describe(part, (*path, i)) for i, part in enumerate(value))
+            parts = [describe(part, (*path, i)) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, float):
             return "fp32"
         if value % 16 == 0:
@@ -172,6 +174,12 @@ def names():
                 ]
                 found += [f"{kernel}/spread/bf16/{d}/128/sm_90" for d in (64, 128)]
         found += [f"backward_key/uneven/bf16/256/128/{target}"]
+        found += [f"delta/spread/bf16/{d}/128/{target}" for d in (64, 72, 128)]
+        for head_dim in (64, 72, 128, 256):
+            found += [f"kmeans_assign/spread/bf16/{head_dim}/128/{target}"]
+            found += [f"kmeans_sum/spread/bf16/{head_dim}/128/{target}"]
+        found += [f"kmeans_assign/spread/fp32/{d}/128/{target}" for d in (64, 128)]
+        found += [f"kmeans_mean/spread/bf16/128/128/{target}"]
     return found
 
 
@@ -216,6 +224,8 @@ def launch_for(name):
         mass = torch.empty(2, 3, layout.blocks, 1, layout.blocks)
         tiling = choose.mass_tiling(*shape)
         return block_mass_launch(*tensors[:2], lse, mass, plan.q, plan.kv, 0.1, tiling)
+    if kernel.startswith("kmeans"):
+        return kmeans_launch(kernel, tensors[0], target)
     launches = backward_launches(
         *tensors[:4], lse, tensors[4], lse, tuple(tensors[5:]), plan, 0.1,
         *choose.backward_tilings(*shape, plain=is_plain(plan)),
@@ -223,11 +233,24 @@ def launch_for(name):
     return launches[("delta", "backward_query", "backward_key").index(kernel)]
 
 
+def kmeans_launch(kernel, points, target):
+    """Make one of the launches of an iteration of k-means with 256 clusters."""
+    batch, tokens, heads, head_dim = points.shape
+    means, counts = torch.empty(batch, heads, 256, head_dim), torch.zeros(batch, heads, 256).int()
+    labels = torch.empty(batch, heads, tokens, dtype=torch.int32)
+    if kernel == "kmeans_assign":
+        tiling = choose.kmeans_tiling(target, points.dtype, head_dim, 256)
+        return assign_launch(points, means.to(points.dtype), means[..., 0], labels, tiling)
+    steps = ("kmeans_sum", "kmeans_mean")
+    return update_launches(points, labels.long(), counts, means)[steps.index(kernel)]
+
+
 def row(name):
     """Compile one row; a failure is a row too."""
     launch = launch_for(name)
-    sizes = {key: launch.arguments[key] for key in ("BLOCK_M", "BLOCK_N")}
-    head = {"tile": f"{sizes['BLOCK_M']}x{sizes['BLOCK_N']}", "stages": launch.stages}
+    sizes = [launch.arguments.get(key) for key in ("BLOCK_M", "BLOCK_N")]
+    tile = "x".join(str(size) for size in sizes if size)  # none: a kernel without products
+    head = {"tile": tile, "stages": launch.stages}
     try:
         return head | compile_launch(launch, name.rsplit("/", 1)[1])
     except Exception as error:  # noqa: BLE001  (compilers fail in many ways: the row says how)

@@ -3,15 +3,46 @@
 
 ``TRITON_INTERPRET`` is read when a kernel is defined, so tests/conftest.py sets it before any
 import; on a machine with a GPU the same tests run on it, bfloat16 too.
+
+Random cases are counted and the number is printed at the end (not under xdist, whose workers keep
+theirs). ``pytest tests/kernels/triton --examples 500`` is the long run.
 """
+
+from collections import Counter
+from functools import wraps
 
 import pytest
 
 pytest.importorskip("triton")
 
+CASES = pytest.StashKey[Counter]()
 
-def pytest_collection_modifyitems(items):
+
+def pytest_collection_modifyitems(config, items):
+    cases = config.stash.setdefault(CASES, Counter())
     for item in items:
-        if "/kernels/triton/" in str(item.path):
-            # numpy's, from the interpreter: log2(0) and 0 / 0 are meant (rows with nothing kept).
-            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+        if "/kernels/triton/" not in str(item.path):
+            continue
+        # numpy's, from the interpreter: log2(0) and 0 / 0 are meant (rows with nothing kept).
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+        if hasattr(item.obj, "hypothesis"):
+            item.obj.hypothesis.inner_test = counted(item.obj.hypothesis.inner_test, cases)
+
+
+def counted(test, cases):
+    """Count the examples that a property passed."""
+
+    @wraps(test)
+    def run(*args, **kwargs):
+        test(*args, **kwargs)
+        cases[test.__name__] += 1
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if cases := config.stash.get(CASES, None):
+        each = ", ".join(f"{name} {count}" for name, count in cases.items())
+        terminalreporter.write_line(
+            f"{cases.total()} random cases passed on Triton's kernels: {each}"
+        )

@@ -29,9 +29,11 @@ HANDFUL = (
     "backward_key/uneven/bf16/64/128/sm_90",
     "hopper_specialized/uneven/bf16/128/128/sm_90",
     "mass/spread/bf16/128/128/sm_80",
+    "kmeans_assign/spread/bf16/128/128/sm_90",
+    "kmeans_sum/spread/bf16/128/128/sm_80",
 )
 MATRIX = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
-KNOWN_SPILL = 5000  # bytes; see the table: not what these kernels are for
+KNOWN_SPILL = 640  # bytes; docs/benchmarks/notes.md has the reasons, row by row
 SMALL_SPILL = 128  # bytes; plans with bit tiles and permutations may spill this much
 
 
@@ -56,13 +58,14 @@ def faults(name, row):
     kernel, plan, dtype, head_dim, _, target = name.split("/")
     found = []
     allowed = SMALL_SPILL if plan == "full" or kernel.startswith("backward") else 0
-    if dtype == "fp32" or head_dim == "256":  # float32 without tensor cores, and the widest head
+    if head_dim == "256" and (dtype == "fp32" or kernel.startswith("backward")):
         allowed = KNOWN_SPILL
     if row["spills"] > allowed:
         found.append(f"spills {row['spills']} bytes")
     if row["shared"] > SHARED_MEMORY[target]:
         found.append(f"{row['shared']} bytes of shared memory, {SHARED_MEMORY[target]} are there")
-    if dtype != "fp32" and not row[MATRIX[target]]:
+    multiplies = kernel not in {"delta", "kmeans_sum", "kmeans_mean"}
+    if multiplies and dtype != "fp32" and not row[MATRIX[target]]:
         found.append(f"no {MATRIX[target]} instruction")
     if kernel == "hopper_specialized" and not row["setmaxnreg"]:
         found.append("warps are not specialized, without a word")

@@ -72,8 +72,20 @@ def test_padding_counts_nowhere_and_leaks_nothing():
     torch.testing.assert_close(found.cpu().double(), wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_wrong_lse_is_an_error():
-    q = BlockLayout.from_lengths([16], DEVICE)
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("lse must be float32", {"lse": torch.zeros(1, 16, 2)}),
+        ("scale must be finite, got inf", {"scale": torch.inf}),
+        ("key must be", {"key": torch.zeros(1, 15, 2, 16)}),
+        ("query layout is for 8 tokens, query has 16", {"q": BlockLayout.from_lengths([8])}),
+        ("key layout is on meta", {"kv": BlockLayout.from_lengths([16], "meta")}),
+    ],
+)
+def test_a_bad_call_is_an_error(words, change):
+    layout = BlockLayout.from_lengths([16], DEVICE)
     query = torch.randn(1, 16, 2, 16, device=DEVICE)
-    with pytest.raises(KernelError, match="lse must be float32"):
-        kernel.block_mass(query, query, torch.zeros(1, 16, 2, device=DEVICE), q, q, 1.0)
+    call = {"query": query, "key": query, "lse": torch.zeros(1, 2, 16), "q": layout, "kv": layout}
+    call = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with pytest.raises(KernelError, match=words):
+        kernel.block_mass(**call | {"scale": 1.0} | change)
