@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from dit_sparse.backends import Backends, compare
+from dit_sparse.backends import Backends, compare, exp_error
 from dit_sparse.bench.result import Measurement
 from dit_sparse.bench.timing import Clock, alternate, dense_calls
 from dit_sparse.errors import KernelError
@@ -62,7 +62,8 @@ def measure_kernels(
                     backends = Backends(kernel)
                     try:
                         output, lse = backends.attend(query, key, value, plan, scale)
-                        fault = _check(query, key, value, plan, scale, output, lse)
+                        error = exp_error(backends.last_kernel or "")
+                        fault = _check(query, key, value, plan, scale, output, lse, error)
                     except KernelError as error:
                         fault = str(error)
                     if fault is None:
@@ -122,6 +123,7 @@ def _check(
     scale: float,
     output: Tensor,
     lse: Tensor,
+    error: float,
 ) -> str | None:
     """Compare some query blocks, over all their keys, with the reference."""
     for i_q in torch.linspace(0, plan.q.blocks - 1, CHECKED_BLOCKS).long().tolist():
@@ -133,7 +135,8 @@ def _check(
             plan.kv_indices[:, :, i_q : i_q + 1],
             plan.kv_num_blocks[:, :, i_q : i_q + 1],
         )
-        fault = compare(query[:, rows], key, value, part, scale, output[:, rows], lse[:, :, rows])
+        o, e = output[:, rows], lse[:, :, rows]
+        fault = compare(query[:, rows], key, value, part, scale, o, e, error)
         if fault is not None:
             return f"query block {i_q}: {fault}"
     return None
