@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 LAYERS = {
     "cli": Layer(("cli", "__main__"), ("package", "profiler", "distill", "bench", "inspect")),
     "package": Layer(("",), ("apply",)),  # dit_sparse/__init__.py
-    "profiler": Layer(("profiler",), ("apply", "quality")),
+    "profiler": Layer(("profiler",), ("apply", "quality", "bench")),
     "distill": Layer(("distill",), ("apply", "video")),
     "quality": Layer(("quality",), ("apply", "video")),
     "bench": Layer(("bench",), ("apply", "doctor")),

@@ -14,7 +14,7 @@ from rich.table import Table
 from dit_sparse import Strategy, enable
 from dit_sparse.backends import Backends
 from dit_sparse.cli.console import OUT, UserError, progress, say
-from dit_sparse.cli.making import Maker, machine, weights_hash
+from dit_sparse.cli.making import Maker, weights_hash
 from dit_sparse.cli.source import (
     DEFAULT_FPS,
     SampleDefaults,
@@ -23,6 +23,7 @@ from dit_sparse.cli.source import (
     effective,
     load,
     local_folder,
+    machine,
 )
 from dit_sparse.doctor import environment
 from dit_sparse.quality.catalogue import chosen

@@ -7,10 +7,7 @@ import hashlib
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dit_sparse.cli.arms import Runner, told
-from dit_sparse.cli.console import UserError
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Made
 from dit_sparse.strategy import Schedule, config_hash
 
@@ -92,23 +89,6 @@ def sdpa(name: str | None) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([getattr(SDPBackend, BACKENDS[name])])
-
-
-def machine(device: str, dtype: str, index: int) -> tuple[str, torch.dtype]:
-    """Settle on a device and a dtype."""
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UserError(
-            f"--device cuda: this torch ({torch.__version__}) sees no GPU; "
-            "'dit-sparse doctor' says more"
-        )
-    on_gpu = there and device != "cpu"
-    name = dtype
-    if name == "auto":
-        name = "float32"
-        if on_gpu:
-            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return (f"cuda:{index}" if on_gpu else "cpu"), getattr(torch, name)
 
 
 def weights_hash(pipe: Any) -> str:

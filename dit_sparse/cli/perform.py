@@ -14,7 +14,7 @@ from dit_sparse import Strategy, enable
 from dit_sparse.backends import Backends
 from dit_sparse.cli import receipt
 from dit_sparse.cli.arms import Runner
-from dit_sparse.cli.console import UserError, progress, say
+from dit_sparse.cli.console import progress, say
 from dit_sparse.cli.folder import RESULT, staged, write_json
 from dit_sparse.cli.result import SCHEMA_VERSION, measure, summarise
 from dit_sparse.cli.source import (
@@ -25,6 +25,7 @@ from dit_sparse.cli.source import (
     effective,
     load,
     local_folder,
+    machine,
 )
 from dit_sparse.doctor import environment
 from dit_sparse.video import frame_strip, write_mp4, write_png
@@ -68,7 +69,7 @@ def perform(request: Request) -> None:
     strategy = Strategy.coerce(request.strategy, **request.options)
     Backends(request.kernel)  # a name that does not exist is said before anything is loaded
     folder = local_folder(request.model)
-    device, dtype = machine(request)
+    device, dtype = machine(request.device, request.dtype)
     defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -98,24 +99,6 @@ def perform(request: Request) -> None:
         }
         write_json(scratch / RESULT, result)
     receipt.show(result, request.output, [*written, RESULT])
-
-
-def machine(request: Request) -> tuple[str, torch.dtype]:
-    """Settle on a device and a dtype."""
-    there = torch.cuda.is_available()
-    if request.device == "cuda" and not there:
-        raise UserError(
-            f"--device cuda: this torch ({torch.__version__}) sees no GPU; "
-            "'dit-sparse doctor' says more"
-        )
-    device = "cuda" if request.device == "cuda" or (request.device == "auto" and there) else "cpu"
-    name = request.dtype
-    if name == "auto":
-        name = "float32"
-        if device == "cuda":
-            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    dtype: torch.dtype = getattr(torch, name)
-    return device, dtype
 
 
 def attach(pipe: Any, strategy: Strategy, request: Request) -> SparseAttention:

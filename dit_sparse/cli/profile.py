@@ -14,7 +14,6 @@ import typer
 from dit_sparse.cli.console import ERR, OUT, Debug, UserError, say
 
 if TYPE_CHECKING:
-    import torch
     from rich.progress import Progress, TaskID
 
     from dit_sparse.profiler import Profile
@@ -184,6 +183,7 @@ def run(
             call_arguments,
             load,
             local_folder,
+            machine,
         )
         from dit_sparse.profiler import Bands, Store, Wish, parse_candidates, profile
 
@@ -195,7 +195,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     state = PartialState(cpu=device == "cpu")
-    where, kind = _machine(device, dtype, state.local_process_index)
+    where, kind = machine(device, dtype, state.local_process_index)
     pipe = load(model, where, kind)
     pipe.set_progress_bar_config(disable=True)
     settings = Settings(height, width, frames, steps, guidance_scale).over(defaults)
@@ -281,26 +281,6 @@ def _edges(text: str) -> tuple[float, ...]:
         raise UserError(
             f"--bands {text!r:.100}: wanted a number from 1 to 100, or fractions such as 0,0.2,1"
         ) from error
-
-
-def _machine(device: str, dtype: str, index: int) -> tuple[str, torch.dtype]:
-    """Settle on a device and a dtype."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UserError(
-            f"--device cuda: this torch ({torch.__version__}) sees no GPU; "
-            "'dit-sparse doctor' says more"
-        )
-    on_gpu = there and device != "cpu"
-    name = dtype
-    if name == "auto":
-        name = "float32"
-        if on_gpu:
-            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    found: torch.dtype = getattr(torch, name)
-    return (f"cuda:{index}" if on_gpu else "cpu"), found
 
 
 def _command(

@@ -143,6 +143,27 @@ def load(model: str, device: str, dtype: torch.dtype) -> Any:
         raise UserError(f"{model}: cannot be loaded: {first_line(error)}") from error
 
 
+def machine(device: str, dtype: str, index: int | None = None) -> tuple[str, torch.dtype]:
+    """Settle on a device and a dtype; ``index`` is this process's GPU where there are several."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise UserError(
+            f"--device cuda: this torch ({torch.__version__}) sees no GPU; "
+            "'dit-sparse doctor' says more"
+        )
+    on_gpu = there and device != "cpu"
+    name = dtype
+    if name == "auto":
+        name = "float32"
+        if on_gpu:
+            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    found: torch.dtype = getattr(torch, name)
+    gpu = "cuda" if index is None else f"cuda:{index}"
+    return gpu if on_gpu else "cpu", found
+
+
 def call_arguments(pipe: Any, prompt: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Make the arguments of one call, or say what this pipeline does not take or lacks."""
     name = type(pipe).__name__

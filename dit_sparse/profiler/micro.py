@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_sparse.backends import Backends, describe_device
+from dit_sparse.bench.attention import make_plan
+from dit_sparse.bench.shapes import Shape
+from dit_sparse.bench.timing import Clock, alternate
 from dit_sparse.call import AttentionCall
 from dit_sparse.plan import BlockPlan
 from dit_sparse.profiler.cost import CostModel, agreement, block_of
@@ -145,12 +147,14 @@ def _launches(
     rows, times = [], []
     for heads in sorted({1, size.heads}):
         part: Qkv = (qkv[0][:, :, :heads], qkv[1][:, :, :heads], qkv[2][:, :, :heads])
+        shape = Shape("", size.grid, heads, size.head_dim)
         for density in DENSITIES:
-            plan = _random_plan(size.grid, block, heads, density, random).to(size.device)
+            plan = make_plan(shape, block, density, "random", random).to(size.device)
             times.append(_attend_time(part, plan, size, ops))
             rows.append([1.0, float(heads), float(computed_share(plan, heads).sum())])
     launch, head, pair = _fit(rows, times)
-    plan = _random_plan(size.grid, block, size.heads, DENSITIES[1], random).to(size.device)
+    shape = Shape("", size.grid, size.heads, size.head_dim)
+    plan = make_plan(shape, block, DENSITIES[1], "random", random).to(size.device)
     plain = _attend_time(qkv, plan, size, ops)
     order = torch.randperm(size.grid.tokens, generator=random)[None, None].to(size.device)
     moved = replace(plan, q_permutation=order, kv_permutation=order)
@@ -168,18 +172,6 @@ def _launches(
         max(0.0, ordered - plain) / size.heads,
         max(0.0, partial - plain) / work if work else 0.0,
     )
-
-
-def _random_plan(
-    grid: LatentsGrid, block: int, heads: int, density: float, random: torch.Generator
-) -> BlockPlan:
-    """Keep the same number of random key blocks in every row."""
-    layout = grid.layout(block)
-    score = torch.rand(1, heads, layout.blocks, layout.blocks, generator=random)
-    kept = max(1, round(layout.blocks * density))
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    mask.scatter_(-1, score.topk(kept, dim=-1).indices, value=True)
-    return BlockPlan.from_block_mask(mask, layout, layout)
 
 
 def _fit(rows: list[list[float]], times: list[float]) -> list[float]:
@@ -216,7 +208,7 @@ def _play(
     spent: list[float] = []
     wanted = got = 0.0
     plan: BlockPlan | None = None
-    method = candidate.instance
+    method, clock = candidate.instance, Clock.of(size.device)
     for _ in range(2):
         state: dict[str, Any] = {}
         spent = []
@@ -232,14 +224,14 @@ def _play(
                 state=state,
                 shared=shared,
             )
-            start = _now(size.device)
+            start = clock.now()
             plan = method.plan(call, ops)
-            planning = _now(size.device) - start
+            planning = clock.now() - start
             if plan is not None:
                 output, lse = ops.attend(*qkv, plan, call.scale)
-                start = _now(size.device)
+                start = clock.now()
                 method.finish(call, output, lse, ops)
-                planning += _now(size.device) - start
+                planning += clock.now() - start
             spent.append(planning)
     if plan is not None and not plan.complete:
         live = 0.0
@@ -261,17 +253,4 @@ def _attend_time(qkv: Qkv, plan: BlockPlan, size: Size, ops: Backends) -> float:
 
 def _time(call: Callable[[], object], device: torch.device) -> float:
     """Median milliseconds of a few runs after one for warming up."""
-    found = []
-    for _ in range(REPEATS + 1):
-        start = _now(device)
-        call()
-        found.append(_now(device) - start)
-    return statistics.median(found[1:])
-
-
-def _now(device: torch.device) -> float:
-    """Milliseconds: processor time of the one thread, else the wall's; waits for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    one = device.type == "cpu" and torch.get_num_threads() == 1
-    return 1e3 * (time.thread_time() if one else time.perf_counter())
+    return alternate({"call": call}, REPEATS, Clock.of(device))["call"]
