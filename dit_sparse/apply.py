@@ -18,6 +18,7 @@ from torch import nn
 from dit_sparse.backends import Backends
 from dit_sparse.engine import SparseEngine, Stage
 from dit_sparse.errors import AttachError, UnsupportedError
+from dit_sparse.guarantee import Guarantee
 from dit_sparse.pipelines import FAMILIES, family_of, hooks, unwrap
 from dit_sparse.pipelines.clock import Clock
 from dit_sparse.pipelines.processors import SITE, adopt, derive, release, stock_class
@@ -53,6 +54,7 @@ class SparseAttention(SparseEngine):
         kernel: str | None = None,
         strict: bool = False,
         probe: int = 0,
+        guarantee: Guarantee | None = None,
     ) -> None:
         """Attach; see ``enable``."""
         bare = isinstance(target, nn.Module)
@@ -81,7 +83,9 @@ class SparseAttention(SparseEngine):
         # Weakly: the pipeline holds this handle.
         clock = Clock(None if bare else weakref.proxy(target), scheduler)
         backends = Backends(kernel)
-        super().__init__(strategy, backends, clock, stages, strict=strict, probe=probe)
+        super().__init__(
+            strategy, backends, clock, stages, strict=strict, probe=probe, guarantee=guarantee
+        )
         self.target_name = type(unwrap(target) if bare else target).__name__
         self.removed = False
         clock.start()
@@ -183,6 +187,7 @@ def enable(
     kernel: str | None = None,
     strict: bool = False,
     probe: int = 0,
+    guarantee: Guarantee | float | str | None = None,
     **options: Any,
 ) -> SparseAttention:
     """Let ``target`` compute only part of its self-attention.
@@ -197,6 +202,11 @@ def enable(
         strict: Raise where a call would stay dense because its geometry or mask is not
             understood; by default it stays dense and the report says why.
         probe: Query rows per call on which recall is measured, >= 0 (0: not measured).
+        guarantee: Largest relative error of a head's output, in (0, 1]: heads are probed during
+            the generation, and one that is farther off goes back to dense for the rest of it.
+            "receipt": three times the error that the strategy's receipt has measured. A
+            ``guarantee.Guarantee`` says more, such as rows of a probe and how often. None: no
+            probing.
         **options: Override the strategy's schedule, or its method's parameters where it has one.
 
     Returns:
@@ -205,7 +215,8 @@ def enable(
     Raises:
         AttachError: Something is attached already.
         UnsupportedError: Not a pipeline or model that dit_sparse knows.
-        StrategyError: The profile cannot be found, read, or does not fit this model.
+        StrategyError: The profile cannot be found, read, or does not fit this model; or the
+            guarantee is none, or asks for a figure that the receipt has not.
     """
     if (active := current(target)) is not None:
         raise AttachError(
@@ -214,9 +225,16 @@ def enable(
         )
     if probe < 0:
         raise ValueError(f"probe must be a number of rows >= 0, got {probe}")
+    promised = None if guarantee is None else Guarantee.coerce(guarantee)
     strategy = Strategy.coerce(profile, **options)
     return SparseAttention(
-        target, strategy, scheduler=scheduler, kernel=kernel, strict=strict, probe=probe
+        target,
+        strategy,
+        scheduler=scheduler,
+        kernel=kernel,
+        strict=strict,
+        probe=probe,
+        guarantee=promised,
     )
 
 

@@ -4,17 +4,20 @@
 For every call it reads the clock, checks that geometry and mask are understood, asks the strategy
 which heads use which method, lets each method plan, a kernel compute, the method finish, and
 writes a record. What it does not understand stays dense, and the record says why.
+
+Past 300 lines, as it is one call's way from end to end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_sparse.call import AttentionCall
+from dit_sparse.envelope import Envelope, regroup, without
 from dit_sparse.errors import GeometryError
 from dit_sparse.head_groups import head_index, merge_plans, select_heads
 from dit_sparse.nbytes import nbytes
@@ -23,14 +26,15 @@ from dit_sparse.probe import dense_lse, probe_rows, recall
 from dit_sparse.report import CallRecord, Part, Report, Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from dit_sparse.backends import Backends
     from dit_sparse.grid import LatentsGrid
+    from dit_sparse.guarantee import Guarantee
     from dit_sparse.pipelines.clock import Clock, Moment
     from dit_sparse.pipelines.family import Family, Shape
     from dit_sparse.pipelines.site import Site
-    from dit_sparse.strategy import Strategy
+    from dit_sparse.strategy import Choice, Strategy
 
     Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -48,6 +52,24 @@ class Stage:
     name: str
     family: Family
     num_layers: int
+
+
+class Planned(NamedTuple):
+    """One group of heads that a method planned for.
+
+    Args:
+        plan: What to compute.
+        part: The call, for all heads of the group.
+        method: The method.
+        place: Where its memory is: stage, layer, branch, rule.
+        kept: Those of its heads that are not dense for a guarantee's sake.
+    """
+
+    plan: BlockPlan
+    part: AttentionCall
+    method: Any
+    place: tuple[str, int, str, int | None]
+    kept: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -91,6 +113,7 @@ class SparseEngine:
         *,
         strict: bool = False,
         probe: int = 0,
+        guarantee: Guarantee | None = None,
     ) -> None:
         """Build an engine that is not attached to anything yet.
 
@@ -102,16 +125,22 @@ class SparseEngine:
             strict: Raise where a call would stay dense because it is not understood.
             probe: Query rows per call on which recall is measured, >= 0; costs as much as
                 that many dense rows.
+            guarantee: What every head's error must keep to; a head that does not goes back to
+                dense. Errors of the guarantee itself are raised here.
         """
         self.strategy, self.backends, self.clock = strategy, backends, clock
         self.stages, self.strict, self.probe = stages, strict, probe
+        self.envelope = (
+            None if guarantee is None else Envelope(guarantee, guarantee.bound(strategy))
+        )
         self.memory = Memory()
         self.records: list[CallRecord] = []
         self.num_steps = 0
         self.attached_at: int | None = None
         self.watch: Callable[[AttentionCall, BlockPlan | None, str], None] | None = None
         """Told of every group of heads that a rule governs: the call, its plan (None: dense),
-        and the method's name. For looking, not for changing."""
+        and the method's name. For looking, not for changing. A head that is dense for a
+        guarantee's sake is among the dense ones, and keeps nothing in its own group's plan."""
         self._grid: LatentsGrid | None = None
         self._stage = ""
         self._running = False
@@ -128,6 +157,8 @@ class SparseEngine:
     def _begin_generation(self, moment: Moment) -> None:
         self.memory.free_generation()
         self.memory.peak = 0
+        if self.envelope is not None:
+            self.envelope.reset()
         if len(self.memory.grids) > GRIDS:
             self.memory.grids.clear()
             self.memory.shared.clear()
@@ -268,7 +299,7 @@ class SparseEngine:
         return valid
 
     def _run(self, site: Site, call: AttentionCall, dense: Dense, record: CallRecord) -> Tensor:
-        groups = self.strategy.assign(
+        groups: Sequence[Choice] = self.strategy.assign(
             layer=call.layer,
             step=call.step,
             num_steps=call.num_steps,
@@ -276,72 +307,117 @@ class SparseEngine:
             num_heads=len(call.heads),
             num_layers=call.num_layers,
         )
+        groups, gone = self._take_back(call, groups, record)
         output = None if len(groups) == 1 else torch.empty_like(call.value)
-        planned: list[tuple[BlockPlan, AttentionCall, Any, Hashable]] = []
+        planned: list[Planned] = []
         for rule, method, heads in groups:
             part = select_heads(call, heads)
             plan = None
-            place: Hashable = (call.stage, call.layer, call.branch, rule)
+            place = (call.stage, call.layer, call.branch, rule)
             if method is not None:
                 part.state = self.memory.states.setdefault(place, {})
                 plan = method.plan(part, self.backends)
+            kept = heads if method is None else tuple(h for h in heads if h not in gone)
+            if plan is not None and kept != heads:
+                plan = without(plan, heads, gone)
             if self.watch is not None:
                 self.watch(part, plan, self._method_name(rule))
             if plan is not None:
-                planned.append((plan, part, method, place))
+                planned.append(Planned(plan, part, method, place, kept))
                 continue
             if method is not None:
                 self._mind(call, place)
-            record.parts.append(Part(self._method_name(rule), heads, self._dense_name(site)))
-            own = dense(part.query, part.key, part.value)
+            record.parts.append(Part(self._method_name(rule), kept, self._dense_name(site)))
+            own = self._dense(call, kept, dense)
             if output is None:
                 return own
-            output[:, :, head_index(heads)] = own
-        for (plan, part, method, place), (own, lse) in zip(
-            planned, self._attend(call, planned), strict=True
-        ):
-            own = self._finish(part, plan, method, place, own, lse, record)  # noqa: PLW2901
+            output[:, :, head_index(kept)] = own
+        for group, (own, lse) in zip(planned, self._attend(call, planned), strict=True):
+            finished = self._finish(group, own, lse, record)
             if output is None:
-                return own
-            output[:, :, head_index(part.heads)] = own
+                output = finished
+            elif group.kept == group.part.heads:
+                output[:, :, head_index(group.kept)] = finished
+            else:
+                output[:, :, head_index(group.kept)] = finished[:, :, _places(group)]
         assert output is not None
+        if self.envelope is not None:
+            self._hold(self.envelope, site, call, planned, output, dense, record)
         return output
 
+    def _take_back(
+        self, call: AttentionCall, groups: Sequence[Choice], record: CallRecord
+    ) -> tuple[Sequence[Choice], frozenset[int]]:
+        """Regroup the heads that are dense for a guarantee's sake, and name them."""
+        gone = frozenset[int]() if self.envelope is None else self.envelope.gone(call)
+        if not gone:
+            return groups, gone
+        for rule, method, heads in groups:
+            if method is None:
+                continue
+            record.returned += tuple(head for head in heads if head in gone)
+            if gone.issuperset(heads):  # nothing will ask for its memory again
+                self.memory.drop((call.stage, call.layer, call.branch, rule))
+        return regroup(groups, gone), gone
+
+    def _hold(
+        self,
+        envelope: Envelope,
+        site: Site,
+        call: AttentionCall,
+        planned: list[Planned],
+        output: Tensor,
+        dense: Dense,
+        record: CallRecord,
+    ) -> None:
+        """Probe some heads that dropped something; those out of their envelope, compute anew."""
+        watched = [
+            (group.place[3], self._method_name(group.place[3]), group.kept)
+            for group in planned
+            if not group.plan.complete
+        ]
+        broken, record.error = envelope.check(call, output, watched)
+        if broken:
+            output[:, :, head_index(broken)] = self._dense(call, broken, dense)
+            record.take_back(broken, self._dense_name(site))
+
+    @staticmethod
+    def _dense(call: AttentionCall, heads: tuple[int, ...], dense: Dense) -> Tensor:
+        part = select_heads(call, heads)
+        return dense(part.query, part.key, part.value)
+
     def _attend(
-        self, call: AttentionCall, planned: list[tuple[BlockPlan, AttentionCall, Any, Hashable]]
+        self, call: AttentionCall, planned: list[Planned]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Compute all groups' plans, in one launch where their blocks are alike."""
-        joint = merge_plans([(plan, part.heads) for plan, part, _, _ in planned])
+        if not planned:
+            return
+        joint = merge_plans([(group.plan, group.part.heads) for group in planned])
         if joint is None or len(planned) == 1:
-            for plan, part, _, _ in planned:
-                yield self.backends.attend(part.query, part.key, part.value, plan, part.scale)
+            for group in planned:
+                part = group.part
+                yield self.backends.attend(
+                    part.query, part.key, part.value, group.plan, part.scale
+                )
             return
         plan, heads = joint
         whole = select_heads(call, heads)
         output, lse = self.backends.attend(whole.query, whole.key, whole.value, plan, call.scale)
-        for _, part, _, _ in planned:
-            at = head_index(tuple(heads.index(head) for head in part.heads))
+        for group in planned:
+            at = head_index(tuple(heads.index(head) for head in group.part.heads))
             yield output[:, :, at], lse[:, at]
 
-    def _finish(
-        self,
-        call: AttentionCall,
-        plan: BlockPlan,
-        method: Any,
-        place: Hashable,
-        output: Tensor,
-        lse: Tensor,
-        record: CallRecord,
-    ) -> Tensor:
+    def _finish(self, group: Planned, output: Tensor, lse: Tensor, record: CallRecord) -> Tensor:
         """Let the method finish, write down what ran, and mind its state."""
+        call, plan = group.part, group.plan
         kernel = self.backends.last_kernel or "?"
-        rule = place[3]  # type: ignore[index]
-        part = Part(self._method_name(rule), call.heads, kernel, plan.density().mean(0))
+        part = Part(self._method_name(group.place[3]), call.heads, kernel, plan.density().mean(0))
         if self.probe and plan.kv_log_weight is None:
             part.recall = self._recall(call, lse)
-        record.parts.append(part)
-        finished: Tensor = method.finish(call, output, lse, self.backends)
-        self._mind(call, place)
+        gone = tuple(head for head in call.heads if head not in group.kept)
+        record.parts.append(part.without(gone) if gone else part)
+        finished: Tensor = group.method.finish(call, output, lse, self.backends)
+        self._mind(call, group.place)
         return finished
 
     def _mind(self, call: AttentionCall, place: Hashable) -> None:
@@ -375,8 +451,14 @@ class SparseEngine:
             state_bytes=self.state_size(),
             peak_state_bytes=self.memory.peak + nbytes(self.memory.shared),
             attached_at=self.attached_at,
+            guarantee=None if self.envelope is None else self.envelope.as_dict(),
         )
 
     def state_size(self) -> int:
         """Bytes held now: per-call state and plans shared by all calls."""
         return nbytes(self.memory.states) + nbytes(self.memory.shared)
+
+
+def _places(group: Planned) -> slice | list[int]:
+    """Index a group's kept heads within the group."""
+    return head_index(tuple(group.part.heads.index(head) for head in group.kept))

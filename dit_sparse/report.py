@@ -6,10 +6,13 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MOST_TOLD = 5  # heads that a summary names; a report has them all
 
 
 class Stopwatch:
@@ -51,10 +54,26 @@ class Part:
     density: Tensor | float = 1.0
     recall: Tensor | None = None
 
+    def without(self, heads: tuple[int, ...]) -> Part:
+        """Take heads out of it."""
+        stay = [i for i, head in enumerate(self.heads) if head not in heads]
+
+        def own(value: Any) -> Any:
+            each = isinstance(value, Tensor) and value.shape == (len(self.heads),)
+            return value[stay] if each else value
+
+        kept = tuple(self.heads[i] for i in stay)
+        return Part(self.method, kept, self.kernel, own(self.density), own(self.recall))
+
 
 @dataclass(slots=True)
 class CallRecord:
-    """One attention call. ``reason`` says why it was dense although a rule named a method."""
+    """One attention call.
+
+    ``reason`` says why it was dense although a rule named a method. ``error`` is the largest
+    error seen where heads were probed for a guarantee, ``returned`` the heads that are dense for
+    its sake.
+    """
 
     stage: str
     layer: int
@@ -63,6 +82,15 @@ class CallRecord:
     parts: list[Part]
     watch: Stopwatch
     reason: str | None = None
+    error: float | None = None
+    returned: tuple[int, ...] = ()
+
+    def take_back(self, heads: tuple[int, ...], kernel: str) -> None:
+        """Write down that heads were computed anew, dense."""
+        self.parts = [part.without(heads) for part in self.parts]
+        self.parts = [part for part in self.parts if part.heads]
+        self.parts.append(Part("dense", heads, kernel))
+        self.returned += heads
 
     def row(self) -> dict[str, Any]:
         """Flatten to numbers and names."""
@@ -75,17 +103,22 @@ class CallRecord:
             if probed
             else None
         )
+        methods: dict[str, list[int]] = {}
+        for part in self.parts:  # rules may name one method with several params
+            methods[part.method] = sorted([*methods.get(part.method, []), *part.heads])
         return {
             "stage": self.stage,
             "layer": self.layer,
             "step": self.step,
             "branch": self.branch,
-            "methods": {part.method: list(part.heads) for part in self.parts},
+            "methods": methods,
             "kernels": sorted({part.kernel for part in self.parts}),
             "density": density,
             "recall": recall,
             "ms": self.watch.milliseconds(),
             "reason": self.reason,
+            "error": self.error if self.error is None or isfinite(self.error) else None,
+            "returned": sorted(self.returned),
         }
 
 
@@ -102,10 +135,14 @@ class Report:
         grid: The latents grid, or an empty text before the first call.
         num_steps: Steps of the generation.
         rows: One entry per attention call: stage, layer, step, branch, methods (with their
-            heads), kernels, density, recall, ms, reason.
+            heads), kernels, density, recall, ms, reason; with a guarantee the largest error
+            probed (None: none was, or not finite) and the heads returned to dense.
         state_bytes: Memory held for masks, LSEs, centroids when the report was made.
         peak_state_bytes: The most that was held at once during the generation.
         attached_at: Step at which sparse attention was enabled, where that was mid-generation.
+        guarantee: What became of the guarantee, where there is one: limit, where it is from, rows
+            and every of a probe, probes made, heads watched (each layer and branch by itself),
+            the largest error of a probe that held, and the heads returned to dense.
     """
 
     strategy: str
@@ -115,6 +152,7 @@ class Report:
     state_bytes: int = 0
     peak_state_bytes: int = 0
     attached_at: int | None = None
+    guarantee: dict[str, Any] | None = None
 
     @property
     def density(self) -> float | None:
@@ -188,6 +226,8 @@ class Report:
         lines.append(
             f"  state held now {_size(self.state_bytes)}, at most {_size(self.peak_state_bytes)}"
         )
+        if self.guarantee is not None:
+            lines += _told(self.guarantee)
         if self.attached_at is not None:
             lines.append(f"  enabled during a generation, in effect from step {self.attached_at}")
         lines += [f"  stayed dense x {count}: {why}" for why, count in self.reasons.items()]
@@ -213,6 +253,36 @@ class Report:
                 + f"  {sum(row['ms'] for row in rows):>6.0f}  {', '.join(names)}"
             )
         return "\n".join(lines)
+
+
+def _told(guarantee: dict[str, Any]) -> list[str]:
+    """Say what became of a guarantee: one line, and one for each of the first heads returned."""
+    limit, probes = f"  guarantee {guarantee['limit']:.3g}", guarantee["probes"]
+    returned, worst = guarantee["returned"], guarantee["worst_kept"]
+    how = f"{probes} probes of {guarantee['rows']} rows"
+    if not probes:
+        return [f"{limit}: no sparse call, nothing to probe"]
+    if not returned:
+        return [f"{limit} held: {how}, largest error {worst:.3g}"]
+    others = "no other probe held" if worst is None else f"largest error of the others {worst:.3g}"
+    lines = [
+        f"{limit}: {len(returned)} of {guarantee['heads']} heads went back to dense; {how}, "
+        + others
+    ]
+    for each in returned[:MOST_TOLD]:
+        error = (
+            "not finite"
+            if each["error"] is None
+            else f"{each['error']:.3g} +- {each['spread'] or 0:.2g}"
+        )
+        prefix = "2:" if each["stage"].endswith("_2") else ""
+        lines.append(
+            f"    layer {prefix}{each['layer']} head {each['head']} ({each['branch']}), "
+            f"{each['method']}, from step {each['step']}: error {error}"
+        )
+    if len(returned) > MOST_TOLD:
+        lines.append(f"    and {len(returned) - MOST_TOLD} more")
+    return lines
 
 
 def _average(rows: list[dict[str, Any]], key: str) -> float | None:

@@ -152,6 +152,17 @@ def run(
             **HOW,
         ),
     ] = 32,
+    guarantee: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ERROR|receipt",
+            help="Largest relative error of a head's output, in (0, 1], watched on probed rows: a "
+            "head that is farther off goes back to dense. 'receipt': three times what the "
+            "strategy's receipt has measured.",
+            show_default="not watched",
+            **HOW,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
@@ -185,10 +196,21 @@ def run(
             kernel=kernel,
             strict=strict,
             probe=probe,
+            guarantee=number_or_word(guarantee),
             threads=threads,
             overwrite=overwrite,
         )
     )
+
+
+def number_or_word(text: str | None) -> float | str | None:
+    """Read a number where the text is one."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def key_values(pairs: list[str]) -> dict[str, Any]:

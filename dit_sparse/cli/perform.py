@@ -28,6 +28,7 @@ from dit_sparse.cli.source import (
     machine,
 )
 from dit_sparse.doctor import environment
+from dit_sparse.guarantee import Guarantee
 from dit_sparse.video import frame_strip, write_mp4, write_png
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Request:
     kernel: str | None
     strict: bool
     probe: int
+    guarantee: float | str | None
     threads: int | None
     overwrite: bool
 
@@ -67,6 +69,8 @@ class Request:
 def perform(request: Request) -> None:
     """Generate, compare, write the folder and print the receipt."""
     strategy = Strategy.coerce(request.strategy, **request.options)
+    if request.guarantee is not None:
+        Guarantee.coerce(request.guarantee).bound(strategy)  # says what is wrong with it
     Backends(request.kernel)  # a name that does not exist is said before anything is loaded
     folder = local_folder(request.model)
     device, dtype = machine(request.device, request.dtype)
@@ -105,7 +109,13 @@ def attach(pipe: Any, strategy: Strategy, request: Request) -> SparseAttention:
     """Enable, and say what is odd about it but runs."""
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
-        handle = enable(pipe, strategy, kernel=request.kernel, strict=request.strict)
+        handle = enable(
+            pipe,
+            strategy,
+            kernel=request.kernel,
+            strict=request.strict,
+            guarantee=request.guarantee,
+        )
     for remark in remarks:
         say(f"note: {remark.message}")
     return handle
@@ -160,4 +170,5 @@ def described(
         "strict": request.strict,
         "compare_dense": request.compare_dense,
         "probe": request.probe,
+        "guarantee": request.guarantee,
     }

@@ -100,6 +100,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         f"[yellow]stayed dense[/] x {count}: {escape(why)}"
         for why, count in result["arms"]["sparse"]["dense_against_the_strategy"].items()
     ]
+    lines += _guarantee(result["arms"]["sparse"]["guarantee"])
     repeat = result["repeat"]
     if repeat is not None and not repeat["identical"]:
         lines.append(
@@ -107,6 +108,23 @@ def _verdict(result: dict[str, Any]) -> list[str]:
             f"{repeat['largest_difference']} levels of 255: read PSNR and SSIM with that in mind."
         )
     return lines
+
+
+def _guarantee(found: dict[str, Any] | None) -> list[str]:
+    """Say whether every head kept to what was asked for."""
+    if found is None:
+        return []
+    limit, count = f"{found['limit']:.3g}", len(found["returned"])
+    if count:
+        told = (
+            f"[yellow]Guarantee {limit}:[/] {count} of {found['heads']} heads went back to dense "
+            "(each layer and guidance branch by itself); result.json lists them."
+        )
+        return [told]
+    if not found["probes"]:
+        return [f"Guarantee {limit}: nothing was sparse, nothing was probed."]
+    worst = f"{found['worst_kept']:.3g}"
+    return [f"Guarantee {limit} held: largest error {worst} in {found['probes']} probes."]
 
 
 def _number(value: float | None, form: str) -> str:

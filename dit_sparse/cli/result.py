@@ -59,6 +59,7 @@ def summarise(runs: Runs, scores: dict[str, Scores], probe: int) -> dict[str, An
                 **_arm(sparse),
                 "by_layer": _by_layer(sparse.report),
                 "sparse_kernel_warmed_up": runs.warmed_up,
+                "guarantee": sparse.report.guarantee,
             },
         },
         "speedup": None if dense is None else _speedup(dense, sparse),
