@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dit_sparse.cli import app
-from dit_sparse.cli.profile import PROMPTS, read_prompts
+from dit_sparse.cli.prompts import PROMPTS, read_prompts
 from dit_sparse.strategy import Strategy
 
 SMALL = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "4", "--threads", "1"]
@@ -56,6 +56,7 @@ def test_a_strategy_is_written_and_told(made):
     assert len(strategy.receipt.prompts) == 2
     assert strategy.receipt.prompts[1].endswith("navy plain background")
     assert strategy.receipt.command.startswith("dit-sparse profile wan-tiny --prompts prompts.txt")
+    assert " --sample auto --sequential none " in strategy.receipt.command
     assert str(folder) not in (folder / "s.json").read_text()
     assert "measured attention speedup" in result.stdout
     assert "relative error" in result.stdout
@@ -115,6 +116,8 @@ def test_an_existing_output_is_kept(wan, tmp_path):
         (["--prompts", "1", "--bands", "nan"], "ascend from 0 to 1"),
         (["--prompts", "1", "--seeds", "a"], "--seeds"),
         (["--prompts", "1", "--lambda", "-1"], "lambda"),
+        (["--prompts", "1", "--sample", "some"], "--sample"),
+        (["--prompts", "1", "--density", "2"], "density must be"),
     ],
 )
 def test_bad_input_is_one_line(wan, tmp_path, more, words):
@@ -153,6 +156,28 @@ def test_bad_models(wan, tmp_path):
     shutil.rmtree(odd / "transformer")
     refused(run(odd, "--prompts", "1", "-o", tmp_path / "s.json", *FAST, *SMALL), "transformer")
     assert not (tmp_path / "s.json").exists()
+
+
+def test_a_forecast_needs_no_weights_and_no_output(wan, tmp_path):
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(wan / name, tmp_path / name)
+    more = ["--height", "128", "--width", "128", "--frames", "33", "--dry-run"]
+    result = run(tmp_path, "--prompts", "3", "--seeds", "0,1", "--steps", "20", *more,
+                 "--candidates", "quick,rettention", "--state-limit", "0.001")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "20 steps of 2 passes" in told
+    assert "for 6 prompts x seeds" in told
+    assert "try 18 candidates on 36 calls" in told  # 6 layers, 3 bands, 2 captures
+    assert "600 TFLOP/s in attention" in told
+    assert "--candidates quick,rettention,-rettention" in told
+    one = run(tmp_path, "--prompts", "1", "--guidance-scale", "1", *more)
+    assert "steps of 1 passes" in " ".join(one.stdout.split())
+    assert not list(tmp_path.glob("*.measured"))
+    refused(run(tmp_path, "--prompts", "3", "--dry-run", "--sample", "1"), "--sample '1'")
+    refused(run("nowhere", "--prompts", "3", "--dry-run"), "nowhere")
+    refused(run(tmp_path, "--prompts", "3"), "-o is missing")
 
 
 def test_prompts_are_read(tmp_path):

@@ -14,6 +14,7 @@ from dit_sparse._version import __version__
 from dit_sparse.cli import (
     bench,
     compare,
+    diff,
     doctor,
     evaluate,
     forecast,
@@ -21,6 +22,7 @@ from dit_sparse.cli import (
     inspect,
     methods,
     profile,
+    retile,
     vbench,
 )
 from dit_sparse.cli.console import guarded
@@ -42,6 +44,8 @@ for _name, _command in (
     ("forecast", forecast),
     ("inspect", inspect),
     ("profile", profile),
+    ("diff", diff),
+    ("retile", retile),
     ("doctor", doctor),
     ("bench", bench),
 ):
@@ -66,8 +70,8 @@ def _root(
 ) -> None:
     """Generate videos and images faster with sparse attention, and see what it costs in quality.
 
-    Exit codes: 0 done, 1 doctor found a problem or a gate failed, 2 the request cannot be met,
-    130 interrupted.
+    Exit codes: 0 done, 1 doctor found a problem, a gate failed or diff found a difference, 2 the
+    request cannot be met, 130 interrupted.
     """
 
 

@@ -93,7 +93,7 @@ def run(
         from dit_sparse.pipelines.size import model_size
         from dit_sparse.strategy import Strategy, config_hash
 
-        found, vae = _model(model)
+        found, vae = read_model(model)
         rows, columns = height or found.height, width or found.width
         count = frames or found.num_frames
         size = model_size(found.config, rows, columns, count, vae=vae)
@@ -135,7 +135,7 @@ def run(
         _save(output, told, title, source)
 
 
-def _model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
+def read_model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
     """Find a model's transformer config, its usual size, and its VAE's config."""
     from dit_sparse.pipelines.known import KNOWN_MODELS, KnownModel, known_model
 

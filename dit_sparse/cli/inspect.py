@@ -1,76 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dit-sparse inspect``: a picture of what each head reads."""
+"""``dit-sparse inspect``: the map of a strategy or model, and pictures of what heads read."""
 
 from __future__ import annotations
 
-import re
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dit_sparse.cli.console import OUT, Debug, UserError, progress
-
-if TYPE_CHECKING:
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.inspect import HeadView
-    from dit_sparse.strategy import Strategy
+from dit_sparse.cli.console import Debug, UserError
 
 EXAMPLES = (
+    "dit-sparse inspect mine.json -o mine.html",
+    "dit-sparse inspect mine.json --model samples/wan-tiny --prompt 'a red circle' -o pages",
+    "dit-sparse inspect samples/wan-tiny -o atlas.html",
     "dit-sparse inspect radial svg svg2 blade --grid 9x30x52 --heads 1 -o methods.png",
-    "dit-sparse inspect hunyuan-video.720p.svg --grid 33x45x80+256 --step 10 -o svg.png",
     "dit-sparse inspect adaspa --model samples/wan-tiny --prompt 'a red circle' -o adaspa.png",
 )
-GRID = re.compile(r"(\d+)x(\d+)x(\d+)(?:\+(\d+))?")
+SIZE = {"rich_help_panel": "Size of a run of --model"}
 
 
 def run(
-    strategies: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="STRATEGY...",
-            help="A shipped strategy, a file, a Hub repository or a method's name; several are "
-            "drawn under each other.",
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="FILE.html: the map, a page to click in. FILE.png: the map; with --grid or "
+            "--model the heads of one layer. A folder: page and picture of the map. Replaced.",
+            show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file; replaced.")],
+    strategies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="STRATEGY|MODEL...",
+            help="A strategy file, a shipped strategy, a Hub repository or a method's name; or "
+            "the folder of a model. Pictures of heads take several strategies.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Pipeline folder or Hub id to run; needs --prompt.",
-            show_default="none: synthetic queries and keys on --grid",
+            help="Pipeline folder or Hub id to run; needs --prompt beside a strategy.",
+            show_default="none: nothing is run",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the model is to show.")] = None,
     grid: Annotated[
         str | None,
-        typer.Option(help="Without a model: FRAMESxHEIGHTxWIDTH[+TEXT] in tokens."),
+        typer.Option(
+            help="Without a model: FRAMESxHEIGHTxWIDTH[+TEXT] in tokens, to draw on with "
+            "synthetic queries and keys.",
+            show_default="the strategy's",
+        ),
     ] = None,
     text_first: Annotated[
         bool, typer.Option("--text-first", help="Text stands before the video.")
     ] = False,
     heads: Annotated[
-        int, typer.Option(min=1, max=256, help="Without a model: heads of the layer.")
-    ] = 4,
+        int | None,
+        typer.Option(min=1, max=256, help="Heads of a layer.", show_default="the model's, or 4"),
+    ] = None,
     head_dim: Annotated[
-        int, typer.Option(min=1, max=512, help="Without a model: width of a head.")
+        int, typer.Option(min=1, max=512, help="With --grid: width of a head.")
     ] = 64,
     layers: Annotated[
-        int, typer.Option(min=1, max=1000, help="Without a model: layers of the model.")
-    ] = 40,
-    layer: Annotated[int, typer.Option(min=0, help="Which layer, from 0.")] = 0,
+        int | None,
+        typer.Option(min=1, max=1000, help="Layers.", show_default="the model's, or 40"),
+    ] = None,
+    layer: Annotated[int, typer.Option(min=0, help="Pictures of heads: which layer.")] = 0,
     step: Annotated[
         int | None,
-        typer.Option(min=0, help="Which step, from 0.", show_default="the middle of the run"),
+        typer.Option(
+            min=0, help="Pictures of heads: which step.", show_default="the middle of the run"
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Steps of the run.", show_default="the model's, or 20"),
+        typer.Option(min=1, max=1000, help="Steps of the run.", show_default="the model's"),
     ] = None,
+    bands: Annotated[int, typer.Option(min=1, max=20, help="Map of a model: step bands.")] = 3,
     token: Annotated[
         str | None,
         typer.Option(
-            help="FRAME,ROW,COLUMN of the query token to look from.", show_default="the middle"
+            help="Pictures of heads: FRAME,ROW,COLUMN of the query token to look from.",
+            show_default="the middle",
         ),
     ] = None,
     options: Annotated[
@@ -78,147 +95,65 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting or a param."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, or of the content.")] = 0,
+    height: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
+    width: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
+    frames: Annotated[int | None, typer.Option(min=1, max=10_000, help="Frames.", **SIZE)] = None,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
-    """Draw which tokens each head of a layer reads at a step.
+    """Show a strategy as a map of layers, heads and step bands, or a model's own attention.
 
-    With a model the pipeline runs and its own choices are drawn. Without one the content is
-    synthetic: static methods are drawn exactly, dynamic ones as they choose on it.
+    The map tells method, density, error and time saved of every head, as far as they are known: a
+    published strategy has no errors, one that was profiled here has them beside it. A click on a
+    head shows the blocks it keeps, its candidates, and with --model its attention map.
     """
     from dit_sparse.cli.generate import key_values
-    from dit_sparse.inspect import draw_views
-    from dit_sparse.strategy import Strategy
-    from dit_sparse.video import write_png
+    from dit_sparse.cli.inspect_heads import Asked, draw_heads
+    from dit_sparse.cli.inspect_map import draw_model, draw_strategy
+    from dit_sparse.cli.shape import load_strategy
 
-    if (model is None) == (grid is None):
+    names = list(strategies or [])
+    if len(names) == 1 and _is_model(names[0]):
+        if model is not None:
+            raise UserError(f"{names[0]} and --model {model}: two models; give one")
+        model, names = names[0], []
+    asked = Asked(
+        model, prompt, grid, text_first, heads, head_dim, layers, layer, step, steps, token, seed,
+        (height, width, frames), bands,
+    )  # fmt: skip
+    kind = _check_output(output)
+    if not names and model is None:
+        raise UserError("what is to be shown? name a strategy, a method or a model's folder")
+    if model is not None and grid is not None:
         raise UserError("give either --model with --prompt, or --grid")
-    if output.suffix.lower() != ".png" or not output.absolute().parent.is_dir():
-        raise UserError(f"{output}: wanted the name of a .png file in a folder that exists")
-    if options and len(strategies) > 1:
+    if options and len(names) > 1:
         raise UserError("--set is for one strategy; several are drawn as they are")
-    asked = [Strategy.coerce(name, **key_values(options or [])) for name in strategies]
-    found: list[HeadView] = []
-    if model is not None:
-        found, where, at, count = _of_model(model, prompt, asked, layer, step, steps, token, seed)
-        note = f"{model}, prompt {prompt!r}, seed {seed}"
-    else:
-        where = _grid(grid or "", text_first=text_first)
-        count = steps or 20
-        at = count // 2 if step is None else step
-        if layer >= layers or at >= count:
-            raise UserError(f"--layer {layer} of {layers}, --step {at} of {count}: count from 0")
-        size = (heads, head_dim, layers)
-        found = _synthetic(asked, where, size, layer, at, count, _token(token, where), seed)
-        note = "synthetic queries and keys: what a dynamic method keeps is no model's"
-    names = ", ".join(each.name for each in asked)
+    found = [load_strategy(name) for name in names]
+    if options:
+        found = [(found[0][0].with_options(**key_values(options)), found[0][1])]
     if not found:
-        raise UserError(
-            f"{names}: layer {layer} is dense at step {at} of {count}; try another --step or "
-            "--layer"
-        )
-    title = f"{names}: layer {layer}, step {at} of {count}, {where} tokens"
-    write_png(output, draw_views(found, where, title, note, _token(token, where)))
-    for view in found:
-        OUT.print(f"head {view.head}: {view.method}, density {view.density:.1%}", highlight=False)
-    OUT.print(f"{output}", highlight=False)
+        draw_model(asked, output)
+    elif kind == ".png" and (grid is not None or model is not None):
+        draw_heads(asked, [each for each, _ in found], output)
+    elif len(found) > 1:
+        raise UserError("a map is of one strategy; several are drawn with --grid and -o FILE.png")
+    else:
+        draw_strategy(asked, *found[0], output)
 
 
-def _grid(text: str, *, text_first: bool) -> LatentsGrid:
-    from dit_sparse.grid import LatentsGrid
-
-    match = GRID.fullmatch(text)
-    if match is None:
-        raise UserError(f"--grid {text!r}: wanted FRAMESxHEIGHTxWIDTH[+TEXT], e.g. 21x30x52+256")
-    frames, height, width, words = (int(part or 0) for part in match.groups())
-    return LatentsGrid(frames, height, width, words, text_first and words > 0)
+def _is_model(name: str) -> bool:
+    """Tell a pipeline's folder from what names a strategy."""
+    with contextlib.suppress(OSError, ValueError):  # too long or odd to be a path
+        return (Path(name).expanduser() / "model_index.json").is_file()
+    return False
 
 
-def _token(text: str | None, grid: LatentsGrid) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    size = (grid.frames, grid.height, grid.width)
-    if len(parts) != 3 or not all(p.strip().isdecimal() for p in parts):
-        raise UserError(f"--token {text!r}: wanted FRAME,ROW,COLUMN, e.g. 0,10,20")
-    frame, row, column = (int(part) for part in parts)
-    if frame >= size[0] or row >= size[1] or column >= size[2]:
-        raise UserError(f"--token {text}: outside of {grid}; count from 0")
-    return frame, row, column
-
-
-def _synthetic(
-    strategies: list[Strategy],
-    grid: LatentsGrid,
-    size: tuple[int, int, int],
-    layer: int,
-    step: int,
-    num_steps: int,
-    token: tuple[int, int, int] | None,
-    seed: int,
-) -> list[HeadView]:
-    """Play one layer of each strategy; ``size`` is (heads, head_dim, layers)."""
-    from dit_sparse.inspect import observe_synthetic
-
-    found = []
-    with progress() as bars:
-        for strategy in strategies:
-            task = bars.add_task(strategy.name, total=step + 1)
-            found += observe_synthetic(
-                strategy,
-                grid,
-                heads=size[0],
-                head_dim=size[1],
-                num_layers=size[2],
-                layer=layer,
-                step=step,
-                num_steps=num_steps,
-                token=token,
-                seed=seed,
-                progress=lambda done, total, task=task: bars.update(  # type: ignore[misc]
-                    task, completed=done, total=total
-                ),
-            )
-    return found
-
-
-def _of_model(
-    model: str,
-    prompt: str | None,
-    strategies: list[Strategy],
-    layer: int,
-    step: int | None,
-    steps: int | None,
-    token: str | None,
-    seed: int,
-) -> tuple[list[HeadView], LatentsGrid, int, int]:
-    """Run the pipeline; its views, its grid, the step and how many there were."""
-    import torch
-
-    from dit_sparse.cli.source import SampleDefaults, Settings, call_arguments, load, local_folder
-    from dit_sparse.inspect import observe_pipeline
-
-    if prompt is None:
-        raise UserError("--model needs --prompt")
-    folder = local_folder(model)
-    defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
-    settings: dict[str, Any] = Settings(num_inference_steps=steps).over(defaults)
-    there = torch.cuda.is_available()
-    pipe = load(model, "cuda" if there else "cpu", torch.bfloat16 if there else torch.float32)
-    arguments = call_arguments(pipe, prompt, settings)
-    count = int(arguments.get("num_inference_steps", 50))
-    at = count // 2 if step is None else step
-    arguments["output_type"] = "latent"
-    at_token: list[int] | None = None
-    if token is not None:
-        at_token = [int(part) for part in token.split(",") if part.strip().isdecimal()]
-        if len(at_token) != 3:
-            raise UserError(f"--token {token!r}: wanted FRAME,ROW,COLUMN, e.g. 0,10,20")
-    place = None if at_token is None else (at_token[0], at_token[1], at_token[2])
-    found: list[HeadView] = []
-    for strategy in strategies:
-        generator = torch.Generator().manual_seed(seed)
-        views, grid = observe_pipeline(
-            pipe, strategy, arguments | {"generator": generator}, layer=layer, step=at, token=place
-        )
-        found += views
-    return found, grid, at, count
+def _check_output(output: Path) -> str:
+    """Say what is to be written; refuse before any work what cannot be."""
+    kind = output.suffix.lower()
+    if output.is_dir() or (kind == "" and not output.exists()):
+        return ""
+    if kind not in {".png", ".html"}:
+        raise UserError(f"-o {output}: wanted the name of a .html or .png file, or a folder")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"-o {output}: its folder does not exist")
+    return kind

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.apply import transformers_of
 from dit_sparse.cli.arms import Runner, told
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Made
-from dit_sparse.strategy import Schedule, config_hash
+from dit_sparse.strategy import Schedule
+from dit_sparse.weights import weights_hash as hash_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -92,14 +93,5 @@ def sdpa(name: str | None) -> Any:
 
 
 def weights_hash(pipe: Any) -> str:
-    """Name the model's transformers: their configurations and a sample of their numbers."""
-    digest = hashlib.sha256()
-    for name in ("transformer", "transformer_2"):
-        model = getattr(pipe, name, None)
-        if model is None:
-            continue
-        digest.update(config_hash(model.config).encode())
-        for key, value in model.state_dict().items():
-            some = value.flatten()[:: max(1, value.numel() // 64)][:64]
-            digest.update(f"{key} {some.double().sum().item():.9e}".encode())
-    return digest.hexdigest()[:16]
+    """Name the pipeline's transformers."""
+    return hash_of(*transformers_of(pipe).values())

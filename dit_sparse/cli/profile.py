@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dit-sparse profile``: search a strategy for a model by measuring.
 
-Past 300 lines, as the options and their help alone are 130.
+Past 300 lines, as the options and their help alone are 170.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dit_sparse.cli.console import ERR, OUT, Debug, UserError, say
+from dit_sparse.cli.console import ERR, Debug, UserError, say
+from dit_sparse.cli.profile_shown import Shown, bars, show
+from dit_sparse.cli.prompts import PROMPTS, read_prompts
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-    from dit_sparse.profiler import Profile
+    from dit_sparse.profiler import Wish
 
 EXAMPLES = (
     "dit-sparse profile samples/wan-tiny --prompts prompts.txt --target 0.15 -o wan.json",
@@ -26,21 +26,11 @@ EXAMPLES = (
     ),
     (
         "dit-sparse profile samples/wan-tiny --prompts 2 --candidates sparse-vdit "
-        "--rule sparse-vdit -o vdit.json"
+        "--rule sparse-vdit --sequential layers -o vdit.json"
     ),
+    "dit-sparse profile wan2.1-14b --prompts 4 --dry-run",
 )
 
-# Told apart by what moves and where, for models that are to show anything.
-PROMPTS = (
-    "a big red circle moving right over a gray plain background",
-    "a woman in a yellow raincoat walks through a busy market street in the rain",
-    "waves break over black rocks at sunset, the camera drifts slowly sideways",
-    "a cat jumps from a bookshelf onto a sofa and falls asleep",
-    "an aerial view of a train crossing a bridge over a misty valley",
-    "a close-up of hands kneading dough on a floured wooden table",
-    "a paper boat floats down a narrow stream between mossy stones",
-    "traffic at a crossing in a large city at night, seen from above, time-lapse",
-)
 WHAT = {"rich_help_panel": "What to generate"}
 HOW = {"rich_help_panel": "How to measure"}
 
@@ -49,7 +39,9 @@ def run(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a Diffusers pipeline, or its Hub id (owner/name).", show_default=False
+            help="Folder of a Diffusers pipeline, or its Hub id (owner/name); with --dry-run also "
+            "a name that forecast knows.",
+            show_default=False,
         ),
     ],
     prompts: Annotated[
@@ -63,15 +55,16 @@ def run(
         ),
     ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             help="The strategy file, .json. What was measured is kept beside it in a folder "
-            "<name>.measured: a killed search goes on there, and another target costs seconds.",
+            "<name>.measured: a killed search goes on there, and another target costs seconds. "
+            "Needed but for --dry-run.",
             show_default=False,
         ),
-    ],
+    ] = None,
     candidates: Annotated[
         str,
         typer.Option(
@@ -83,7 +76,7 @@ def run(
         float | None,
         typer.Option(
             help="Largest relative error of heads' outputs (root of the mean square), in [0, 1].",
-            show_default="0.1 without --budget",
+            show_default="0.1 without --budget and --density",
         ),
     ] = None,
     budget: Annotated[
@@ -91,6 +84,12 @@ def run(
         typer.Option(
             help="Largest predicted time of self-attention as a share of dense, in (0, 1]; finds "
             "the least error."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest mean density, in (0, 1]; finds the least error whatever the device."
         ),
     ] = None,
     rule: Annotated[
@@ -115,6 +114,24 @@ def run(
     captures: Annotated[
         int, typer.Option(min=2, max=100, help="Measured calls per layer and band.", **HOW)
     ] = 2,
+    sample: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|all|N",
+            help="Rows of blocks on which a call's outputs are compared; auto: 16 below 8,192 "
+            "tokens, 64 from there on.",
+            **HOW,
+        ),
+    ] = "auto",
+    sequential: Annotated[
+        Literal["none", "bands", "layers"],
+        typer.Option(
+            help="bands: decide step bands in order, later ones measured with the earlier ones "
+            "sparse; layers: each measured layer passes on what it would choose, as Sparse-vDiT's "
+            "search does.",
+            **HOW,
+        ),
+    ] = "none",
     costs: Annotated[
         Literal["measured", "assumed"],
         typer.Option(help="Time a micro-benchmark on this device, or assume.", **HOW),
@@ -162,6 +179,10 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Drop what was measured earlier for this output.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Forecast how long it takes, from config files alone."),
+    ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
     """Measure methods on a model's own calls and write the best mix as a strategy file.
@@ -172,6 +193,18 @@ def run(
     """
     texts = read_prompts(prompts)
     numbers = _seeds(seeds)
+    rows = _rows(sample)
+    if dry_run:
+        from dit_sparse.cli.profile_ahead import tell
+
+        tell(
+            model, (height, width, frames), steps, guidance_scale, len(texts) * len(numbers),
+            candidates, _edges(bands), captures, rows, sequential,
+            check=check, timing=costs == "measured", state_limit=state_limit,
+        )  # fmt: skip
+        return
+    if output is None:
+        raise UserError("-o is missing: name the strategy file to write, as in -o mine.json")
     folder = check_output(output, overwrite=overwrite)
     with ERR.status("starting"):
         import torch
@@ -187,7 +220,7 @@ def run(
         )
         from dit_sparse.profiler import Bands, Store, Wish, parse_candidates, profile
 
-        wish = Wish(rule, target, budget, loss, weight, epsilon)
+        wish = Wish(rule, target, budget, density, loss, weight, epsilon)
         edges = Bands(_edges(bands), captures)
         parse_candidates(candidates)
         place = local_folder(model)
@@ -201,9 +234,10 @@ def run(
     settings = Settings(height, width, frames, steps, guidance_scale).over(defaults)
     arguments = call_arguments(pipe, texts[0], settings)
     arguments.pop("prompt")
-    command = _command(model, prompts, candidates, wish, seeds, edges.edges, settings)
+    how = f"--sample {sample} --sequential {sequential}"
+    command = _command(model, prompts, candidates, wish, seeds, edges.edges, how, settings)
     try:
-        with _bars() as bars:
+        with bars() as shown:
             found = profile(
                 pipe,
                 texts,
@@ -220,35 +254,16 @@ def run(
                 fresh=fresh,
                 state=state,
                 state_limit=int(state_limit * 2**30),
-                progress=_Shown(bars),
+                sample=rows,
+                sequential=sequential,
+                progress=Shown(shown),
             )
     except KeyboardInterrupt:
         say(f"Interrupted; what was measured is kept in {folder}: the same command goes on.")
         raise typer.Exit(130) from None
     if found is not None:
         found.strategy.save(output)
-        _show(found, output)
-
-
-def read_prompts(text: str) -> tuple[str, ...]:
-    """Read a file of prompts, or take built-in ones; ``#`` starts a comment."""
-    if text.isascii() and text.isdigit():
-        if not 1 <= int(text) <= len(PROMPTS):
-            raise UserError(f"--prompts {text}: there are 1 to {len(PROMPTS)} built-in prompts")
-        return PROMPTS[: int(text)]
-    try:
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {text}: not UTF-8 text") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompts {text:.200}: cannot be read: {reason}") from error
-    found = [line.partition("#")[0].strip() for line in lines]
-    if any("\0" in line for line in found):
-        raise UserError(f"--prompts {text}: not a text file")
-    if not any(found):
-        raise UserError(f"--prompts {text}: holds no prompt; write one a line")
-    return tuple(line for line in found if line)
+        show(found, output)
 
 
 def check_output(output: Path, *, overwrite: bool) -> Path:
@@ -271,6 +286,14 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _rows(text: str) -> int | None:
+    if text in {"auto", "all"}:
+        return None if text == "auto" else 0
+    if not (text.isascii() and text.isdigit() and 2 <= int(text) < 2**31):
+        raise UserError(f"--sample {text!r:.100}: wanted auto, all, or a number of rows from 2 on")
+    return int(text)
+
+
 def _edges(text: str) -> tuple[float, ...]:
     if text.isascii() and text.isdigit() and 1 <= int(text) <= 100:
         count = int(text)
@@ -287,13 +310,15 @@ def _command(
     model: str,
     prompts: str,
     candidates: str,
-    wish: Any,
+    wish: Wish,
     seeds: str,
     edges: tuple[float, ...],
+    how: str,
     settings: dict[str, Any],
 ) -> str:
     """Write the command as it can be given again; files by name, not by folder."""
-    limit = f"--target {wish.target:g}" if wish.budget is None else f"--budget {wish.budget:g}"
+    limits = {"target": wish.target, "budget": wish.budget, "density": wish.density}
+    limit = " ".join(f"--{key} {value:g}" for key, value in limits.items() if value is not None)
     if wish.rule != "time":
         limit = f"--rule {wish.rule} --loss {wish.loss} --lambda {wish.weight:g}"
         limit += f" --epsilon {wish.epsilon:g}"
@@ -309,75 +334,5 @@ def _command(
     return (
         f"dit-sparse profile {Path(model).name if Path(model).is_dir() else model} "
         f"--prompts {Path(prompts).name} --candidates '{candidates}' {limit} --seeds {seeds} "
-        f"--bands {bands} {told}"
+        f"--bands {bands} {how} {told}"
     ).strip()
-
-
-def _bars() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=ERR,
-    )
-
-
-class _Shown:
-    """Feeds the bars: one for each kind of work."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            label = {"units": "generations"}.get(what, what)
-            self._tasks[what] = self._bars.add_task(label, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
-
-
-def _show(found: Profile, output: Path) -> None:
-    """Print who got what, and what was measured."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    for heading in ("candidate", "heads x steps", "density", "error"):
-        table.add_column(heading, justify="left" if heading == "candidate" else "right")
-    total: dict[int, list[float]] = {}
-    for key, chosen in found.choices.items():
-        row = found.rows[key]
-        for head, column in enumerate(chosen):
-            part = total.setdefault(column, [0.0, 0.0, 0.0])
-            part[0] += row.steps
-            part[1] += row.steps * float(row.density[head, column])
-            part[2] += row.steps * float(row.error[head, column])
-    everything = sum(part[0] for part in total.values())
-    for column, (count, density, error) in sorted(total.items(), key=lambda item: -item[1][0]):
-        name = "dense" if column == 0 else found.candidates[column - 1].name
-        table.add_row(
-            escape(name),
-            f"{count / everything:.1%}",
-            f"{density / count:.3f}",
-            f"{(error / count) ** 0.5:.3f}",
-        )
-    OUT.print()
-    OUT.print(table)
-    OUT.print()
-    for figure, value in found.strategy.receipt.measured.items():
-        OUT.print(f"{figure.replace('_', ' ')}: {value:.4g}", highlight=False)
-    if not found.strategy.rules:
-        OUT.print("[yellow]Everything stays dense:[/] no candidate is worth it under this wish.")
-    OUT.print(f"[dim]{escape(str(output))}[/]", soft_wrap=True)

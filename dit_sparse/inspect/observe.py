@@ -12,7 +12,9 @@ from dit_sparse.backends import Backends
 from dit_sparse.call import AttentionCall
 from dit_sparse.errors import StrategyError
 from dit_sparse.head_groups import select_heads
-from dit_sparse.inspect.view import HeadView, views_of
+from dit_sparse.inspect.view import MAP_SIDE, HeadView, views_of
+from dit_sparse.methods.params import build_method
+from dit_sparse.profiler.counted import counted_density
 from dit_sparse.synthetic import structured_inputs
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def observe_synthetic(
     num_steps: int = 50,
     token: Token | None = None,
     seed: int = 0,
+    side: int = MAP_SIDE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[HeadView]:
     """Play one layer up to a step on synthetic queries and keys (``synthetic.py``).
@@ -55,6 +58,7 @@ def observe_synthetic(
         num_steps: Steps of the generation.
         token: Query token (frame, row, column) whose keys are shown; None: the middle one.
         seed: Of queries and keys.
+        side: Queries and bins of keys in a map, at most.
         progress: Called with (steps done, steps in all).
 
     Returns:
@@ -96,13 +100,84 @@ def observe_synthetic(
                 if plan is None:
                     continue
                 if now == step:
-                    found += views_of(plan, own, strategy.rules[rule].method, grid, token)
+                    name = strategy.rules[rule].method
+                    found += views_of(plan, own, name, grid, token, side)
                     continue
                 output, lse = ops.attend(part.query, part.key, part.value, plan, part.scale)
                 method.finish(part, output, lse, ops)
             if progress is not None:
                 progress(now + 1, step + 1)
     return sorted(found, key=lambda view: view.head)
+
+
+def observe_static(
+    name: str, params: dict[str, Any], grid: LatentsGrid, heads: int, side: int = MAP_SIDE
+) -> list[HeadView] | None:
+    """View what a static method keeps on a grid, exactly; None: it reads the content.
+
+    Re-ttention is viewed by its mask, which is what it keeps between refreshes.
+
+    Args:
+        name: The method's.
+        params: Its params.
+        grid: Where the tokens stand.
+        heads: Of the model.
+        side: Queries and bins of keys in a map, at most.
+
+    Returns:
+        One view for each head, or a single one where all heads keep the same.
+    """
+    if "mask_params" in params:
+        name, params = str(params["mask"]), params["mask_params"]
+    if not counted_density(name, params, grid, heads=heads).exact:
+        return None
+    blank = torch.zeros(1, grid.tokens, heads, 1)
+    call = AttentionCall(blank, blank, blank, grid, 1.0, heads=tuple(range(heads)))
+    plan = build_method(name, params).plan(call, Backends())
+    if plan is None:
+        return None
+    alike = max(plan.kv_num_blocks.shape[1], plan.q.starts.shape[1]) == 1
+    return views_of(plan, range(1 if alike else heads), name, grid, side=side)
+
+
+def observe_run(
+    pipe: Any,
+    strategy: Strategy,
+    arguments: dict[str, Any],
+    steps: set[int],
+    each: Callable[[AttentionCall, BlockPlan | None, str], None],
+) -> int:
+    """Run a pipeline with a strategy and show ``each`` group of heads at some steps.
+
+    Args:
+        pipe: A Diffusers pipeline with nothing attached; it is left as it was.
+        strategy: Which method where.
+        arguments: Of the pipeline's call.
+        steps: Which ones, from 0; the conditional pass.
+        each: Told of a call's heads, their plan (None: dense) and the method's name.
+
+    Returns:
+        Steps that the pipeline made.
+
+    Raises:
+        StrategyError: Nothing ran at these steps, or why it was declined.
+    """
+    count = 0
+
+    def watch(call: AttentionCall, plan: BlockPlan | None, method: str) -> None:
+        nonlocal count
+        if call.step in steps and call.branch in {"cond", "both"}:
+            count += 1
+            each(call, plan, method)
+
+    with enable(pipe, strategy) as handle, torch.no_grad():
+        handle.watch = watch
+        pipe(**arguments)
+        made, reasons = handle.num_steps, handle.report().reasons
+    if not count:
+        why = "; ".join(reasons) or f"the pipeline made {made} steps"
+        raise StrategyError(f"nothing was seen at steps {sorted(steps)}: {why}")
+    return made
 
 
 def observe_pipeline(

@@ -60,25 +60,32 @@ def kept_keys(plan: BlockPlan, i_batch: int, i_head: int, tokens: Sequence[int])
     slot_of = _slots(plan.q_permutation, i_batch, i_head, plan.query_length)
     token_of = None if plan.kv_permutation is None else _pick(plan.kv_permutation, i_batch, i_head)
     kept = torch.zeros(len(tokens), plan.key_length, dtype=torch.bool)
+    slots = plan.kv.slots
     for row, token in enumerate(tokens):
         slot = int(token if slot_of is None else slot_of[token])
         inside = ((q_start <= slot) & (slot < q_start + q_length)).nonzero()
         if slot < 0 or not len(inside):
             continue
         block = int(inside[0, 0])
-        for entry in range(int(count[block])):
-            i_kv = int(index[block, entry])
+        own = index[block, : int(count[block])].long()
+        numbers = own.new_full(own.shape, -1) if tile is None else tile[block, : len(own)]
+        whole = own[numbers < 0]
+        # Whole blocks by where they begin and end; those that a border cuts one by one.
+        edge = torch.zeros(slots + 1, dtype=torch.int32)
+        one = torch.ones(len(whole), dtype=torch.int32)
+        edge.index_add_(0, k_start[whole].long(), one)
+        edge.index_add_(0, (k_start[whole] + k_length[whole]).long(), -one)
+        read = edge.cumsum(0)[:-1] > 0
+        for i_kv, number in zip(own[numbers >= 0], numbers[numbers >= 0], strict=True):
+            assert plan.tiles is not None
             start, length = int(k_start[i_kv]), int(k_length[i_kv])
-            found = torch.arange(start, start + length)
-            number = -1 if tile is None else int(tile[block, entry])
-            if number >= 0:
-                assert plan.tiles is not None
-                bits = plan.tiles[number, slot - int(q_start[block])].cpu()
-                found = found[unpack_tiles(bits, length)]
-            if token_of is not None:
-                found = token_of[found]
-                found = found[found >= 0]
-            kept[row, found] = True
+            bits = plan.tiles[int(number), slot - int(q_start[block])].cpu()
+            read[start : start + length] |= unpack_tiles(bits, length)
+        found = read.nonzero().flatten()
+        if token_of is not None:
+            found = token_of[found]
+            found = found[found >= 0]
+        kept[row, found] = True
     return kept
 
 
@@ -103,6 +110,7 @@ def views_of(
     method: str,
     grid: LatentsGrid,
     token: tuple[int, int, int] | None = None,
+    side: int = MAP_SIDE,
 ) -> list[HeadView]:
     """View the first sample of a plan, head by head.
 
@@ -112,13 +120,14 @@ def views_of(
         method: Who made it.
         grid: Where the tokens stand.
         token: Query token (frame, row, column) whose keys are shown; None: the middle one.
+        side: Queries and bins of keys in a map, at most.
     """
     frame, row, column = token or (grid.frames // 2, grid.height // 2, grid.width // 2)
     inside = (frame * grid.height + row) * grid.width + column
     chosen = grid.video_start + inside
     density = plan.density()
     # Queries in the middle of equal spans; keys counted in equal bins.
-    side = min(MAP_SIDE, grid.tokens)
+    side = min(side, grid.tokens)
     sampled = [(2 * i + 1) * grid.tokens // (2 * side) for i in range(side)]
     bin_of = torch.arange(grid.tokens) * side // grid.tokens
     size = torch.bincount(bin_of, minlength=side)

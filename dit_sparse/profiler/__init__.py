@@ -2,7 +2,10 @@
 """Find a strategy for a model by measuring: which method for which layer, head and step band.
 
 ``candidates.py`` names the choices, ``measure.py`` tries them on captured calls (``capture.py``),
-``cost.py`` predicts their time (``micro.py`` measures the device), ``table.py`` sums up,
+on a sample of rows (``sampling.py``) and with what they have in common done once (``shared.py``);
+``units.py`` goes through the prompts, ``greedy.py`` propagates choices on the way, ``expected.py``
+says before how long it takes. ``cost.py`` predicts a strategy's time (``micro.py`` measures the
+device, ``outcome.py`` the strategy itself), ``table.py`` sums up, ``choose.py`` applies the wish,
 ``search.py`` chooses, ``store.py`` keeps what was measured, ``build.py`` writes the strategy,
 ``run.py`` puts them together. ``difference.py`` tells two strategies apart, ``retile.py`` fits one
 to another size.

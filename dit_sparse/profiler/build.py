@@ -63,17 +63,22 @@ def figures(choices: Choices, rows: Mapping[Key, Row]) -> dict[str, float]:
     """Sum up what was measured of the chosen candidates, over heads, layers and steps.
 
     Returns:
-        "relative_error" (root of the mean square), "density", and "recall" where every chosen
-        candidate's is known; dense heads count as 0, 1 and 1.
+        "relative_error" (root of the mean square), its "relative_error_doubt" where rows were
+        sampled, "density", and "recall" where every chosen candidate's is known; dense heads
+        count as 0, 0, 1 and 1. The doubt is a standard error: heads of a call, which share their
+        rows, are added as if they erred together, layers and bands as if apart.
     """
-    weight = error = density = recall = 0.0
+    weight = error = density = recall = doubt = 0.0
     for key, chosen in choices.items():
         row, heads = rows[key], np.arange(len(chosen))
         weight += row.steps * len(chosen)
         error += row.steps * float(row.error[heads, chosen].sum())
+        doubt += (row.steps * float(row.doubt[heads, chosen].sum())) ** 2
         density += row.steps * float(row.density[heads, chosen].sum())
         recall += row.steps * float(row.recall[heads, chosen].sum())
     found = {"relative_error": (error / weight) ** 0.5, "density": density / weight}
+    if doubt > 0 and error > 0:
+        found["relative_error_doubt"] = doubt**0.5 / weight / (2 * found["relative_error"])
     if not np.isnan(recall):
         found["recall"] = recall / weight
     return {name: float(f"{value:.6g}") for name, value in found.items()}

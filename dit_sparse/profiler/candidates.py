@@ -2,8 +2,8 @@
 """The candidates of a search: named choices of a method and its params.
 
 Text names them: ``radial`` (the method at its three levels), ``adaspa:density=0.25`` (one choice;
-further params follow with more colons), or a preset. Items are parted by commas; commas inside
-brackets belong to a param.
+further params follow with more colons), or a preset; ``-rettention`` leaves a method out. Items
+are parted by commas; commas inside brackets belong to a param.
 """
 
 from __future__ import annotations
@@ -105,6 +105,11 @@ class Wanted:
         return ":".join([self.method, *parts]) + level
 
 
+def block_for(grid: LatentsGrid) -> int:
+    """Tokens in a block where candidates are not told."""
+    return SMALL_BLOCK if grid.tokens < SMALL_GRID else BLOCK
+
+
 def parse_candidates(text: str) -> tuple[Wanted, ...]:
     """Read what ``--candidates`` names.
 
@@ -119,8 +124,19 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
             f"{', '.join(PRESETS)}; got {text!r:.80}"
         )
     for item in items:
+        if item.startswith("-"):
+            kept = [want for want in found if want.method != item[1:]]
+            if len(kept) == len(found):
+                raise ProfileError(
+                    f"candidates: {item:.80}: no candidate before it is of such a method; there "
+                    f"are {', '.join(dict.fromkeys(want.method for want in found)) or 'none'}"
+                )
+            found = kept
+            continue
         for one in PRESETS.get(item, (item,)):
             found += _wanted(one)
+    if not found:
+        raise ProfileError(f"candidates: {text!r:.80} leaves none")
     doubled = sorted({w.text for w in found if sum(o.text == w.text for o in found) > 1})
     if doubled:
         raise ProfileError(f"candidates: {doubled[0]} is named twice")
@@ -137,7 +153,7 @@ def resolve(wanted: tuple[Wanted, ...], grid: LatentsGrid) -> tuple[Candidate, .
     Raises:
         ProfileError: A param that the method refuses; names the candidate.
     """
-    block = SMALL_BLOCK if grid.tokens < SMALL_GRID else BLOCK
+    block = block_for(grid)
     found: list[Candidate] = []
     for want in wanted:
         params = dict(want.params)
@@ -236,7 +252,8 @@ def _radial_factor(level: float, grid: LatentsGrid, block: int) -> float:
 def _gna_window(level: float, grid: LatentsGrid, block: int) -> dict[str, Any]:
     """Bisect the window, as one share of all sides, for the density of its plan.
 
-    Blocks are kept whole: on a CPU bit tiles cost far more than they leave out.
+    Blocks are kept whole: cut to the token, the same blocks are computed, with masks on top, and
+    what they leave out is missed (``test_whole_tiles_err_less_for_the_same_blocks``).
     """
     sides = (grid.frames, grid.height, grid.width)
     axes = sum(side > 1 for side in sides) or 1

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one dense generation and measure the candidates on some of its calls."""
+"""Run one generation and measure the candidates on some of its calls.
+
+It is dense but for what earlier choices made sparse: the bands before the measured one
+(``before``), or layer by layer what the generation itself chose (``greedy.py``).
+"""
 
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,7 +17,7 @@ import torch
 
 from dit_sparse.apply import enable
 from dit_sparse.methods.steps import step_at
-from dit_sparse.profiler.candidates import resolve
+from dit_sparse.profiler.candidates import SMALL_GRID, resolve
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.profiler.measure import STATE_LIMIT, Meter
 from dit_sparse.strategy import Strategy
@@ -21,9 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dit_sparse.call import AttentionCall
+    from dit_sparse.grid import LatentsGrid
     from dit_sparse.plan import BlockPlan
     from dit_sparse.profiler.candidates import Candidate, Wanted
+    from dit_sparse.profiler.wish import Wish
 
+SAMPLE_SMALL, SAMPLE = 16, 64  # rows of blocks, below SMALL_GRID tokens and from there on
 BRANCHES = {"cond", "both"}  # the unconditional pass is not measured, it gets the same strategy
 
 
@@ -71,25 +79,67 @@ class Bands:
         return found
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured, the same for all generations of a search.
+
+    Args:
+        wanted: Candidates.
+        bands: Which steps.
+        sample: Rows of blocks on which outputs are compared; 0: all; None: 16 below 8,192
+            tokens, 64 from there on.
+        state_limit: Bytes that candidates may remember.
+    """
+
+    wanted: tuple[Wanted, ...]
+    bands: Bands
+    sample: int | None = None
+    state_limit: int = STATE_LIMIT
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.sample is not None and (self.sample < 2 and self.sample != 0):
+            raise ProfileError(
+                f"sample must be a number of rows from 2 on, or 0 for all, got {self.sample}"
+            )
+
+    def rows(self, grid: LatentsGrid) -> int | None:
+        """Give the rows to compare; None: all."""
+        if self.sample is None:
+            return SAMPLE_SMALL if grid.tokens < SMALL_GRID else SAMPLE
+        return self.sample or None
+
+
+class Enough(Exception):  # noqa: N818  (no error: what follows is not needed)
+    """The measured band is over."""
+
+
 class Capture:
-    """Listens to one generation (``SparseEngine.watch``) and measures."""
+    """Listens to one generation (``SparseEngine.watch``) and measures.
+
+    Args:
+        how: What to measure.
+        band: The only one to measure; the generation ends with it. None: all.
+        tick: Called with (calls measured, calls to measure).
+        layers: Of the model, for ``tick``.
+    """
 
     def __init__(
         self,
-        wanted: tuple[Wanted, ...],
-        bands: Bands,
-        state_limit: int = STATE_LIMIT,
+        how: Measuring,
+        band: int | None = None,
         tick: Callable[[int, int], None] | None = None,
         layers: int = 1,
     ) -> None:
-        self.wanted, self.bands, self.state_limit = wanted, bands, state_limit
+        self.how, self.band = how, band
         self.tick, self.layers = tick, layers
         self.meter: Meter | None = None
         self.about: dict[str, Any] = {}
         self.calls: list[dict[str, Any]] = []
         self.seen: dict[str, set[int]] = {}
         self._captured: dict[int, int] = {}
-        self._band: tuple[str, int] = ("", -1)
+        self._stop = 0
+        self._at: tuple[str, int] = ("", -1)
         self._first = 0
 
     def __call__(self, call: AttentionCall, plan: BlockPlan | None, method: str) -> None:  # noqa: ARG002
@@ -99,13 +149,16 @@ class Capture:
         if self.meter is None:
             self._begin(call)
         assert self.meter is not None
+        if call.step >= self._stop:
+            raise Enough
         self.seen.setdefault(call.stage, set()).add(call.step)
         band = self._captured.get(call.step)
         if band is None:
             return
-        if (call.stage, band) != self._band:
+        if (call.stage, band) != self._at:
             self.meter.forget()
-            self._band, self._first = (call.stage, band), call.step
+            self._at, self._first = (call.stage, band), call.step
+        self.about["heads"] = len(call.heads)  # what came before may have been a part of them
         power, found = self.meter.measure(call, self._first)
         self.calls.append(
             {
@@ -122,9 +175,17 @@ class Capture:
 
     def _begin(self, call: AttentionCall) -> None:
         batch, _, heads, head_dim = call.query.shape
-        grid = call.grid
-        self.meter = Meter(resolve(self.wanted, grid), state_limit=self.state_limit)
-        self._captured = self.bands.captured(call.num_steps)
+        grid, bands = call.grid, self.how.bands
+        self.meter = Meter(
+            resolve(self.how.wanted, grid),
+            state_limit=self.how.state_limit,
+            sample=self.how.rows(grid),
+        )
+        self._captured = bands.captured(call.num_steps)
+        self._stop = call.num_steps
+        if self.band is not None:
+            self._captured = {s: b for s, b in self._captured.items() if b == self.band}
+            self._stop = bands.steps(call.num_steps)[self.band].stop
         self.about = {
             "grid": [grid.frames, grid.height, grid.width, grid.text_length, grid.text_first],
             "num_steps": call.num_steps,
@@ -145,22 +206,24 @@ def capture(
     pipe: Any,
     arguments: dict[str, Any],
     seed: int,
-    wanted: tuple[Wanted, ...],
-    bands: Bands,
+    how: Measuring,
     *,
-    state_limit: int = STATE_LIMIT,
+    band: int | None = None,
+    before: Strategy | None = None,
+    greedy: Wish | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Generate once, dense, and measure.
+    """Generate once and measure.
 
     Args:
         pipe: A Diffusers pipeline with nothing attached; it is detached afterwards, whatever
             happens.
         arguments: Of its call.
         seed: Of the noise, drawn on the CPU.
-        wanted: Candidates.
-        bands: Which steps.
-        state_limit: See ``Meter``.
+        how: What to measure.
+        band: The only one to measure; the generation ends with it. None: all.
+        before: What runs in the bands that were decided before; None: dense.
+        greedy: Let each measured layer pass on what this wish chooses for it.
         tick: Called with (calls measured, calls to measure).
 
     Returns:
@@ -169,13 +232,19 @@ def capture(
     Raises:
         ProfileError: No call could be measured; says why they were declined.
     """
-    with enable(pipe, Strategy.single("dense")) as handle, torch.no_grad():
+    from dit_sparse.profiler.greedy import Greedy
+
+    with enable(pipe, before or Strategy.single("dense")) as handle, torch.no_grad():
         layers = max(stage.num_layers for stage in handle.stages.values())
-        listener = Capture(wanted, bands, state_limit, tick, layers)
-        handle.watch = listener
-        pipe(**call_of(pipe, arguments, seed))
+        listener = Capture(how, band, tick, layers)
+        if greedy is None:
+            handle.watch = listener
+        else:
+            handle.strategy = Greedy(listener, greedy).strategy()
+        with suppress(Enough):
+            pipe(**call_of(pipe, arguments, seed))
         reasons = handle.report().reasons
-    if not listener.calls:
+    if not listener.calls and (band is None or not listener.about):  # a band may have no step
         why = "; ".join(reasons) or "the pipeline called no attention that dit_sparse knows"
         raise ProfileError(f"nothing could be measured: {why}")
     return listener.unit()

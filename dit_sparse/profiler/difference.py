@@ -4,14 +4,89 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.methods.params import params_of
+from dit_sparse.methods.params import build_method, params_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dit_sparse.strategy import Strategy
 
+    Doing = tuple[str, dict[str, Any]]  # a method and its params
+
 SHOWN = 40  # lines on who does what
+
+
+@dataclass(frozen=True)
+class Change:
+    """Heads that do one thing in one strategy and another in the other.
+
+    Args:
+        stage: Transformer of the pipeline.
+        layers: Ascending, as are heads and steps; each of these layers differs so in all of these
+            heads at all of these steps.
+        heads: Of each layer.
+        steps: 0-based.
+        one: Method and params.
+        other: Method and params.
+    """
+
+    stage: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    steps: tuple[int, ...]
+    one: Doing
+    other: Doing
+
+
+def changes(
+    one: Strategy,
+    other: Strategy,
+    *,
+    layers: int,
+    heads: int,
+    num_steps: int,
+    stages: tuple[str, ...] = ("transformer",),
+) -> list[Change]:
+    """List who does what differently; layers that differ alike are one entry.
+
+    Args:
+        one: A strategy.
+        other: Another.
+        layers: Of the model.
+        heads: Of a layer.
+        num_steps: Of a generation, to which fractions are rounded.
+        stages: Transformers of the pipeline.
+    """
+    alike: dict[Any, list[int]] = defaultdict(list)
+    doings: dict[str, Doing] = {}
+    for stage in stages:
+        for layer in range(layers):
+            told: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(
+                lambda: defaultdict(list)
+            )
+            for step in range(num_steps):
+                a_heads, b_heads = (
+                    _of_heads(s, layer, step, num_steps, stage, heads, layers)
+                    for s in (one, other)
+                )
+                for head, (a, b) in enumerate(zip(a_heads, b_heads, strict=True)):
+                    if a != b:
+                        texts = words(a), words(b)
+                        doings |= {texts[0]: a, texts[1]: b}
+                        told[texts][step].append(head)
+            for pair, by_step in told.items():
+                spans: dict[tuple[int, ...], list[int]] = defaultdict(list)
+                for step, named in by_step.items():
+                    spans[tuple(named)].append(step)
+                for who, steps in spans.items():
+                    alike[stage, pair, who, tuple(steps)].append(layer)
+    return [
+        Change(stage, tuple(found), who, steps, doings[pair[0]], doings[pair[1]])
+        for (stage, pair, who, steps), found in alike.items()
+    ]
 
 
 def difference(
@@ -26,46 +101,23 @@ def difference(
     """List what differs, a line each; an empty list: they do the same everywhere.
 
     Name, receipt and the way in which rules are split are not compared; measured figures that
-    both have are.
-
-    Args:
-        one: A strategy.
-        other: Another.
-        layers: Of the model.
-        heads: Of a layer.
-        num_steps: Of a generation, to which fractions are rounded.
-        stages: Transformers of the pipeline.
+    both have are, where they do something differently. Takes what ``changes`` takes.
 
     Returns:
         Lines such as ``layer 3, heads 0-2, steps 0-6: dense -> radial (decay_factor 0.5, ...)``.
     """
-    lines = []
-    for name in ("model", "grid"):
-        a, b = getattr(one, name), getattr(other, name)
-        if a != b:
-            lines.append(f"{name}: {_plain(a)} -> {_plain(b)}")
-    told: dict[tuple[str, int, str], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    lines = [f"{key}: {a} -> {b}" for key, a, b in about(one, other, ("model", "grid"))]
+    told = changes(one, other, layers=layers, heads=heads, num_steps=num_steps, stages=stages)
+    found = []
     for stage in stages:
         for layer in range(layers):
-            for step in range(num_steps):
-                a_heads, b_heads = (
-                    _of_heads(s, layer, step, num_steps, stage, heads, layers)
-                    for s in (one, other)
-                )
-                for head in range(heads):
-                    if a_heads[head] != b_heads[head]:
-                        text = f"{a_heads[head]} -> {b_heads[head]}"
-                        told[stage, layer, text][step].append(head)
-    found = []
-    for (stage, layer, text), by_step in told.items():
-        spans: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for step, named in by_step.items():
-            spans[tuple(named)].append(step)
-        prefix = f"{stage}, " if len(stages) > 1 else ""
-        found += [
-            f"{prefix}layer {layer}, heads {_ranges(list(named))}, steps {_ranges(steps)}: {text}"
-            for named, steps in spans.items()
-        ]
+            for each in told:
+                if each.stage != stage or layer not in each.layers:
+                    continue
+                prefix = f"{stage}, " if len(stages) > 1 else ""
+                where = f"heads {ranges(each.heads)}, steps {ranges(each.steps)}"
+                doing = f"{words(each.one)} -> {words(each.other)}"
+                found.append(f"{prefix}layer {layer}, {where}: {doing}")
     lines += found[:SHOWN]
     if len(found) > SHOWN:
         lines.append(f"... and {len(found) - SHOWN} more")
@@ -79,22 +131,43 @@ def difference(
     return lines
 
 
-def _of_heads(
-    strategy: Strategy, layer: int, step: int, num_steps: int, stage: str, heads: int, layers: int
-) -> list[str]:
-    """Describe what each head does."""
-    found = ["dense"] * heads
-    for choice in strategy.assign(layer, step, num_steps, stage, heads, layers):
-        if choice.method is None or choice.rule is None:
+def about(
+    one: Strategy, other: Strategy, parts: Sequence[str] = ("model", "grid", "receipt")
+) -> list[tuple[str, str, str]]:
+    """List what differs in the parts that do not say who does what.
+
+    Returns:
+        (key, of one, of the other); a receipt is told key by key, measured figures one by one.
+    """
+    found = []
+    for part in parts:
+        a, b = getattr(one, part), getattr(other, part)
+        if part != "receipt":
+            if a != b:
+                found.append((part, _plain(a), _plain(b)))
             continue
-        params = ", ".join(f"{key} {value}" for key, value in params_of(choice.method).items())
-        name = strategy.rules[choice.rule].method
-        for head in choice.heads:
-            found[head] = f"{name} ({params})" if params else name
+        a_keys, b_keys = (_flat(each.model_dump(mode="json")) for each in (a, b))
+        found += [
+            (f"receipt.{key}", _value(a_keys.get(key)), _value(b_keys.get(key)))
+            for key in dict.fromkeys([*a_keys, *b_keys])
+            if a_keys.get(key) != b_keys.get(key)
+        ]
     return found
 
 
-def _ranges(numbers: list[int]) -> str:
+def words(doing: Doing, *, short: bool = False) -> str:
+    """Write a method with its params; ``short`` leaves out those that have their defaults."""
+    name, params = doing
+    usual = params_of(build_method(name, {})) if short else {}
+    told = ", ".join(
+        f"{key} {value}"
+        for key, value in params.items()
+        if key not in usual or value != usual[key]
+    )
+    return f"{name} ({told})" if told else name
+
+
+def ranges(numbers: Sequence[int]) -> str:
     """Write ascending numbers as ``0-2, 5``."""
     parts: list[list[int]] = []
     for number in numbers:
@@ -105,5 +178,42 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
+def _of_heads(
+    strategy: Strategy, layer: int, step: int, num_steps: int, stage: str, heads: int, layers: int
+) -> list[Doing]:
+    """Say what each head does."""
+    found: list[Doing] = [("dense", {})] * heads
+    for choice in strategy.assign(layer, step, num_steps, stage, heads, layers):
+        if choice.method is None or choice.rule is None:
+            continue
+        doing = strategy.rules[choice.rule].method, params_of(choice.method)
+        for head in choice.heads:
+            found[head] = doing
+    return found
+
+
+def _flat(data: dict[str, Any]) -> dict[str, Any]:
+    """Spell objects inside out: ``measured.density``."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": each for inner, each in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none"
+    return (
+        "not said" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
 def _plain(value: Any) -> str:
-    return "any" if value is None else ", ".join(f"{k} {v}" for k, v in value)
+    return "any" if value is None else ", ".join(f"{k} {_value(_list(v))}" for k, v in value)
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

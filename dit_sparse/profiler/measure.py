@@ -2,9 +2,10 @@
 """Measure candidates on one captured attention call, head by head.
 
 The dense result is computed once, by the same kernel on a plan that keeps everything; each
-candidate then plans, attends and finishes as in a generation. Nothing of S x S elements is made:
-beyond query, key and value a call takes ``memory_bound`` bytes, what the kernel and a method's own
-planning take, and what candidates remember (``Meter.state_bytes``, which ``state_limit`` bounds).
+candidate then plans, attends and finishes as in a generation, on a sample of its rows if that is
+asked for (``sampling.py``). Nothing of S x S elements is made: beyond query, key and value a call
+takes ``memory_bound`` bytes, what the kernel and a method's own planning take, and what candidates
+remember (``Meter.state_bytes``, which ``state_limit`` bounds).
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.backends import Backends
 from dit_sparse.grid import BlockLayout
 from dit_sparse.nbytes import nbytes
 from dit_sparse.plan import BlockPlan
+from dit_sparse.profiler.candidates import block_for
 from dit_sparse.profiler.errors import ProfileError
+from dit_sparse.profiler.sampling import Rows, block_of_token, block_sums, draw
+from dit_sparse.profiler.shared import SharedOps
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall
+    from dit_sparse.call import AttentionCall, Method
     from dit_sparse.profiler.candidates import Candidate
 
 STATE_LIMIT = 8 * 2**30  # bytes
@@ -40,9 +43,11 @@ class Measured:
     Args:
         candidate: Its name.
         error: Relative L2 error of the output before the output projection,
-            ||O - O_dense|| / ||O_dense|| over batch, tokens and head_dim; 0 where dense.
-        recall: Kept share of the dense softmax mass, mean over samples and queries; None where
-            the plan weighs keys (pooled ones), so that its LSE does not tell.
+            ||O - O_dense|| / ||O_dense|| over batch, tokens and head_dim; 0 where dense. On a
+            sample of rows ``error ** 2`` is the estimate without bias, and may exceed the truth.
+        doubt: Standard error of ``error ** 2`` from sampling rows; 0 where all were compared.
+        recall: Kept share of the dense softmax mass, mean over samples and (drawn) queries; None
+            where the plan weighs keys (pooled ones), so that its LSE does not tell.
         density: Kept share of (query, key) pairs.
         computed: Share of pairs that a block-wise kernel computes, see ``computed_share``.
         ordered: The plan permutes tokens.
@@ -52,6 +57,7 @@ class Measured:
 
     candidate: str
     error: list[float]
+    doubt: list[float]
     recall: list[float] | None
     density: list[float]
     computed: list[float]
@@ -68,11 +74,13 @@ class Meter:
         candidates: What to measure.
         ops: The kernels.
         state_limit: Most bytes that candidates may remember at once.
+        sample: Rows of blocks that are compared, of the grid's usual block size; None: all.
     """
 
     candidates: Sequence[Candidate]
-    ops: Backends = field(default_factory=Backends)
+    ops: SharedOps = field(default_factory=SharedOps)
     state_limit: int = STATE_LIMIT
+    sample: int | None = None
     states: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)
     _sizes: dict[Hashable, int] = field(default_factory=dict)
@@ -103,9 +111,13 @@ class Meter:
             everything = BlockPlan.full(layout, call.key_layout(_DENSE_BLOCK))
             qkv = (call.query, call.key, call.value)
             exact, lse = self.ops.attend(*qkv, everything, call.scale)
-            norm = _squares(exact, None)
+            norm = _squares(exact).sum((0, 2), dtype=torch.float64).cpu()
             power = norm / (exact.numel() / exact.shape[2])
-            found = [self._one(c, call, first_step, exact, lse, norm) for c in self.candidates]
+            self.ops.begin(call, exact, lse)
+            try:
+                found = [self._one(c, call, first_step, exact, lse, norm) for c in self.candidates]
+            finally:
+                self.ops.end()
         return power.tolist(), found
 
     def _one(
@@ -130,12 +142,18 @@ class Meter:
         if plan is None:
             one, zero = [1.0] * heads, [0.0] * heads
             return Measured(
-                candidate.name, zero, one, one, one, ordered=False, partial=0.0, searched=False
-            )
-        density = _per_head(plan.density(), heads)
-        output, kept = self.ops.attend(own.query, own.key, own.value, plan, own.scale)
-        recall = (kept.float() - lse.float()).exp().nan_to_num().mean((0, 2)).double()
-        output = method.finish(own, output, kept, self.ops)
+                candidate.name, zero, zero, one, one, one, ordered=False, partial=0.0,
+                searched=False,
+            )  # fmt: skip
+        rows = None if plan.complete else self._draw(plan, call)
+        before = dict(own.state)
+        output, kept = self._attend(method, own, plan, rows)
+        if rows is not None and not _same(before, own.state):
+            # What it remembers of a finished call must be of the whole one.
+            own.state.clear()
+            own.state.update(before)
+            rows = None
+            output, kept = self._attend(method, own, plan, rows)
         self._sizes[place] = nbytes(own.state)
         if self.state_bytes > self.state_limit:
             raise ProfileError(
@@ -143,27 +161,71 @@ class Meter:
                 f"the limit is {self.state_limit / 2**30:.1f}: leave {candidate.name} out, raise "
                 "state_limit, or profile a smaller size"
             )
-        error = (_squares(output, exact) / norm.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+        error, doubt, recall = _compare(output, kept, exact, lse, plan, rows)
+        norm = norm.clamp(min=torch.finfo(torch.float64).tiny)
         return Measured(
             candidate.name,
-            _numbers(error),
+            _numbers((error / norm).sqrt()),
+            _numbers(doubt / norm),
             None if plan.kv_log_weight is not None else _numbers(recall.clamp(max=1.0)),
-            _numbers(density),
+            _numbers(_per_head(plan.density(), heads)),
             _numbers(computed_share(plan, heads)),
             ordered=plan.q_permutation is not None or plan.kv_permutation is not None,
             partial=_partial_share(plan),
             searched=bool(plan.complete),
         )
 
+    def _attend(
+        self, method: Method, call: AttentionCall, plan: BlockPlan, rows: Rows | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the (drawn) rows of a plan and let the method finish: output and LSE."""
+        plan = plan if rows is None else rows.thinned(plan)
+        output, kept = self.ops.attend(call.query, call.key, call.value, plan, call.scale)
+        return method.finish(call, output, kept, self.ops), kept
+
+    def _draw(self, plan: BlockPlan, call: AttentionCall) -> Rows | None:
+        """Draw rows: the same for all candidates of a call that have as many."""
+        if self.sample is None:
+            return None
+        share = min(1.0, self.sample * block_for(call.grid) / call.grid.tokens)
+        return draw(plan.q.blocks, share, call.layer * 100_003 + call.step)
+
+
+def _same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    return before.keys() == after.keys() and all(before[key] is after[key] for key in before)
+
+
+def _compare(
+    output: Tensor, kept: Tensor, exact: Tensor, lse: Tensor, plan: BlockPlan, rows: Rows | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum squared differences, with the standard error of this sum, and average the recall.
+
+    Returns:
+        Three fp64 ``[heads]``, on the CPU.
+    """
+    squares = _squares(output, exact)
+    recall = (kept.float() - lse.float()).exp().nan_to_num()
+    if rows is None:
+        total = squares.sum((0, 2), dtype=torch.float64).cpu()
+        return total, torch.zeros_like(total), recall.mean((0, 2)).double().cpu()
+    block = block_of_token(plan)
+    total, variance = rows.total(block_sums(squares, block, rows.blocks))
+    weights = torch.cat([rows.weights, torch.zeros(1, dtype=torch.float64)]).to(block.device)
+    weight = weights[block].expand(recall.shape)  # of each token, 0 in no drawn block
+    mean = (recall * weight).sum((0, 2)) / weight.sum((0, 2))
+    return total, variance.sqrt(), mean.cpu()
+
 
 def memory_bound(call: AttentionCall) -> int:
     """Bytes that measuring takes at most beyond its inputs, kernel, planning and states.
 
-    The dense output, one candidate's and one spare (reordering), their LSEs, and the scratch.
+    The dense output, one candidate's, one spare (reordering) and as much for results that
+    candidates share; eight numbers of 8 bytes a token and head (LSEs, squares, recall, their
+    block and weight); and the scratch.
     """
     batch, tokens, heads, _ = call.query.shape
     output = call.query.numel() * call.query.element_size()
-    return 3 * output + 4 * 4 * batch * tokens * heads + 4 * _SCRATCH
+    return 4 * output + 8 * 8 * batch * tokens * heads + 4 * _SCRATCH
 
 
 def computed_share(plan: BlockPlan, heads: int, granule: int | None = None) -> Tensor:
@@ -206,15 +268,16 @@ def _step(candidate: Candidate, step: int, first_step: int) -> int:
     return step if age == 0 or period is None else first_step + 1 + (age - 1) % (period - 1)
 
 
-def _squares(x: Tensor, other: Tensor | None) -> Tensor:
-    """Sum squares (of the difference) per head in chunks of tokens: fp64 ``[heads]``, CPU."""
-    total = torch.zeros(x.shape[2], dtype=torch.float64, device=x.device)
+def _squares(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """Sum squares (of the difference) over head_dim: fp32 ``[batch, heads, tokens]``."""
+    batch, tokens, heads, _ = x.shape
+    found = torch.empty((batch, heads, tokens), dtype=torch.float32, device=x.device)
     for part in _chunks(x):
         piece = x[:, part].float()
         if other is not None:
             piece = piece - other[:, part].float()
-        total += piece.square().sum((0, 1, 3), dtype=torch.float64)
-    return total.cpu()
+        found[..., part] = piece.square().sum(-1).transpose(1, 2)
+    return found
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:

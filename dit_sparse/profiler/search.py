@@ -84,7 +84,11 @@ class Found:
 
 
 def minimise(
-    cells: Sequence[Cell], *, target: float | None = None, budget: float | None = None
+    cells: Sequence[Cell],
+    *,
+    target: float | None = None,
+    budget: float | None = None,
+    density: float | None = None,
 ) -> Found:
     """Find the least time with at most ``target`` error, or the least error in ``budget`` time.
 
@@ -92,16 +96,21 @@ def minimise(
         cells: The tables.
         target: Largest root-mean-square relative error, >= 0.
         budget: Largest predicted time as a share of the dense time, > 0.
+        density: The same where cells have densities for times (``table.density_cell``), > 0.
 
     Raises:
-        ProfileError: Both or none given, out of range, or a budget that nothing meets.
+        ProfileError: Not one of the three given, out of range, or a limit that nothing meets.
     """
-    if (target is None) == (budget is None):
-        raise ProfileError("give either a target (largest error) or a budget (largest time)")
+    if sum(each is not None for each in (target, budget, density)) != 1:
+        raise ProfileError(
+            "give one of a target (largest error), a budget (largest time) and a density"
+        )
+    what = "budget" if density is None else "density"
+    budget = density if budget is None else budget
     if target is not None and not 0 <= target < inf:
         raise ProfileError(f"target must be a relative error from 0, got {target}; try 0.1")
     if budget is not None and not 0 < budget < inf:
-        raise ProfileError(f"budget must be a share of the dense time above 0, got {budget}")
+        raise ProfileError(f"{what} must be a share of dense above 0, got {budget}")
     weight = sum(cell.steps * cell.error.shape[0] for cell in cells)
     dense = sum(float(cell.time[:, 0].sum() + cell.launch[0]) for cell in cells)
     options = [_options(cell) for cell in cells]
@@ -114,7 +123,7 @@ def minimise(
         least = sum(min(o.time for o in each) for each in options)
         if least > limit * (1 + 1e-12):
             raise ProfileError(
-                f"budget: {budget:g} of the dense time cannot be met: the fastest choice takes "
+                f"{what}: {budget:g} of dense cannot be met: the sparsest choice takes "
                 f"{least / dense:.3f}; give at least that, or sparser candidates"
             )
         picked, bound = _knapsack(options, limit, cost=1, bounded=0)

@@ -97,13 +97,13 @@ class Store:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
 
-    def unit(self, number: int) -> dict[str, Any] | None:
-        """Read one unit; None: it has not been measured."""
-        return self.read(_name(number))
+    def unit(self, number: int, band: int | None = None) -> dict[str, Any] | None:
+        """Read one unit (of one band, where these are measured apart); None: not measured."""
+        return self.read(_name(number, band))
 
-    def write_unit(self, number: int, data: Mapping[str, Any]) -> None:
+    def write_unit(self, number: int, data: Mapping[str, Any], band: int | None = None) -> None:
         """Keep one unit."""
-        self.write(_name(number), data)
+        self.write(_name(number, band), data)
 
 
 class Memory(Store):
@@ -127,5 +127,5 @@ class Memory(Store):
         self._files[name] = json.dumps(data, allow_nan=False)
 
 
-def _name(number: int) -> str:
-    return f"unit-{number:05d}.json"
+def _name(number: int, band: int | None) -> str:
+    return f"unit-{number:05d}.json" if band is None else f"unit-{number:05d}-band-{band}.json"

@@ -32,6 +32,7 @@ class Row:
     Args:
         steps: Steps of the band that this stage ran.
         error: Mean squared relative error over steps, prompts and seeds.
+        doubt: Standard error of ``error`` from comparing a sample of rows.
         density: Mean kept share of pairs, searching steps counted as 1.
         computed: Mean share that kernels compute on the other steps.
         recall: Mean kept softmax mass; NaN where it is not known.
@@ -42,6 +43,7 @@ class Row:
 
     steps: int
     error: Array
+    doubt: Array
     density: Array
     computed: Array
     recall: Array
@@ -85,9 +87,12 @@ def sum_up(
 def _row(
     calls: list[dict[str, Any]], candidates: Sequence[Candidate], steps: int, heads: int
 ) -> Row:
-    columns: dict[str, list[Array]] = {name: [] for name in ("error", "density", "computed")}
+    columns: dict[str, list[Array]] = {
+        name: [] for name in ("error", "doubt", "density", "computed")
+    }
     one = np.ones(heads)
     columns["error"].append(0 * one)
+    columns["doubt"].append(0 * one)
     columns["density"].append(one)
     columns["computed"].append(one)
     recalls, ordered, partial = [one], [False], [0.0]
@@ -100,6 +105,7 @@ def _row(
         share = full / steps
         if not rest and full < steps:  # only its search was seen
             columns["error"].append(NOT_MEASURED * one)
+            columns["doubt"].append(0 * one)
             columns["density"].append(one)
             columns["computed"].append(one)
             recalls.append(np.nan * one)
@@ -108,6 +114,9 @@ def _row(
                 rest, "error", heads, 2
             )
             columns["error"].append(error)
+            columns["doubt"].append(
+                np.hypot(share * _doubt(searched, heads), (1 - share) * _doubt(rest, heads))
+            )
             columns["computed"].append(_mean(rest, "computed", heads) if rest else one)
             columns["density"].append(share + (1 - share) * _mean(rest, "density", heads))
             known = all(each["recall"] is not None for each in rest)
@@ -121,6 +130,7 @@ def _row(
     return Row(
         steps,
         stacked["error"],
+        stacked["doubt"],
         stacked["density"],
         stacked["computed"],
         np.stack(recalls, axis=1),
@@ -155,8 +165,23 @@ def cells_of(
     return cells
 
 
+def density_cell(key: Key, row: Row) -> Cell:
+    """Make the table of a search in which density is the price: it stands where time does."""
+    launch = np.zeros(row.density.shape[1])
+    return Cell(key, row.steps, row.error, row.density * row.steps, launch)
+
+
 def _mean(taken: list[dict[str, Any]], name: str, heads: int, power: int = 1) -> Array:
     if not taken:
         return np.zeros(heads)
     found: Array = np.mean([np.asarray(each[name]) ** power for each in taken], axis=0)
+    return found
+
+
+def _doubt(taken: list[dict[str, Any]], heads: int) -> Array:
+    """Standard error of the mean of squared errors: calls draw their rows apart."""
+    if not taken:
+        return np.zeros(heads)
+    squares = np.sum([np.asarray(each["doubt"]) ** 2 for each in taken], axis=0)
+    found: Array = np.sqrt(squares) / len(taken)
     return found

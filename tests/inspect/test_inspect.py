@@ -154,7 +154,11 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["radial"], "give either --model with --prompt, or --grid"),
+        (["radial", "--grid", "3x4x5", "--model", "x", "--prompt", "y"], "give either --model"),
+        ([], "what is to be shown?"),
+        (["radial", "svg"], "a map is of one strategy"),
+        (["radial", "--grid", "0x4x5"], "frames, height, width >= 1"),
+        (["radial", "--grid", "99999x99999x99999"], "at most 4,000,000 are drawn"),
         (["radial", "--grid", "3x4"], "wanted FRAMESxHEIGHTxWIDTH"),
         (["radial", "--grid", "3x4x5", "--token", "3,0,0"], "outside of"),
         (["radial", "--grid", "3x4x5", "--token", "a"], "wanted FRAME,ROW,COLUMN"),
@@ -172,7 +176,9 @@ def test_bad_requests_are_refused(args, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_pngs_are_written():
-    result = cli("radial", "--grid", "3x4x5", "-o", "x.gif")
-    assert result.exit_code == 2
-    assert "wanted the name of a .png" in " ".join(result.stderr.split())
+def test_only_pictures_and_pages_are_written(tmp_path):
+    for name, words in (("x.gif", "a .html or .png file"), ("no/x.png", "does not exist")):
+        result = cli("radial", "--grid", "3x4x5", "-o", tmp_path / name)
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())

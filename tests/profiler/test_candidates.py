@@ -10,6 +10,7 @@ from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods import METHODS
 from dit_sparse.profiler.candidates import EVERY, LEVELS, PRESETS, parse_candidates, resolve
 from dit_sparse.profiler.errors import ProfileError
+from dit_sparse.profiler.measure import Meter
 
 GRID = LatentsGrid(9, 16, 16)
 
@@ -50,6 +51,28 @@ def test_a_level_is_about_the_density_of_the_plan(method, level):
     assert density(candidate, grid) == pytest.approx(level, rel=0.35, abs=0.1)
 
 
+def test_whole_tiles_err_less_for_the_same_blocks():
+    """Why candidates of GNA keep whole tiles: the price is the same, what is seen is more."""
+    random = torch.Generator().manual_seed(0)
+    grid = LatentsGrid(6, 12, 12)
+    place = torch.stack([c.flatten() for c in torch.meshgrid(
+        *(torch.arange(side).float() for side in (6, 12, 12)), indexing="ij")], -1)  # fmt: skip
+    near = torch.cat([place, torch.randn(grid.tokens, 5, generator=random)], -1)[None, :, None]
+    value = torch.randn(1, grid.tokens, 1, 8, generator=random)
+    # Scores fall with the squared distance: -|a - b|^2 = 2 a b - |a|^2 - |b|^2.
+    key = near.clone()
+    query = torch.cat([near[..., :3], near[..., 3:] * 0.1], -1)
+    call = AttentionCall(query, key - key.mean(1, keepdim=True), value, grid, 0.5, heads=(0,))
+    sizes = ("window=[3,6,6]:stride=[1,1,1]:tile=[2,4,4]", "window=[3,4,4]:tile=[2,4,4]")
+    for text in sizes:
+        pair = parse_candidates(f"gna:{text}:exact=true,gna:{text}:exact=false")
+        _, (exact, whole) = Meter(resolve(pair, grid)).measure(call, 0)
+        assert whole.computed == pytest.approx(exact.computed)
+        assert whole.partial == 0 < exact.partial
+        assert whole.density[0] > exact.density[0]
+        assert whole.error[0] < exact.error[0]
+
+
 def test_levels_of_a_static_method_fall():
     for method in ("radial", "gna"):
         found = [density(c, GRID) for c in resolve(parse_candidates(method), GRID)]
@@ -75,6 +98,14 @@ def test_params_are_read_and_completed():
     assert b.params["recall_threshold"] == 1.0
 
 
+def test_a_method_can_be_left_out():
+    whole, rest = parse_candidates("default"), parse_candidates("default,-rettention")
+    assert [want for want in whole if want.method != "rettention"] == list(rest)
+    assert len(whole) - len(rest) == len(LEVELS)
+    again = parse_candidates("quick,-radial,radial:decay_factor=0.5")
+    assert [want.text for want in again if want.method == "radial"] == ["radial:decay_factor=0.5"]
+
+
 def test_large_grids_get_large_blocks():
     (one,) = resolve(parse_candidates("pooled:density=0.25"), LatentsGrid(21, 30, 52))
     assert one.params["block_size"] == 128
@@ -93,6 +124,9 @@ def test_large_grids_get_large_blocks():
         ("adaspa:search_steps=[0.2]", "when it begins"),
         ("radial,radial", "named twice"),
         ("quick,radial", "named twice"),
+        ("radial,-gna", "no candidate before it is of such a method; there are radial"),
+        ("-gna,gna", "there are none"),
+        ("radial,-radial", "leaves none"),
     ],
 )
 def test_bad_candidates_are_refused(text, words):

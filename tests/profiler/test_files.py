@@ -2,16 +2,23 @@
 """Strategy files: told apart in words, fitted to other grids, and a thousand broken ones."""
 
 import json
+import os
 import random
+import tempfile
+import warnings
+from pathlib import Path
 
 import pytest
+import torch
 
-from dit_sparse.errors import StrategyError
+import dit_sparse
+from dit_sparse.errors import DitSparseError, StrategyError
 from dit_sparse.grid import LatentsGrid
-from dit_sparse.profiler import ProfileError
+from dit_sparse.profiler import ProfileError, Store
 from dit_sparse.profiler.difference import difference
 from dit_sparse.profiler.retile import retile
-from dit_sparse.strategy import Grid, Receipt, Rule, Strategy
+from dit_sparse.strategy import Grid, Model, Receipt, Rule, Strategy
+from tests import tiny
 
 MODEL = {"layers": 2, "heads": 4, "num_steps": 10}
 
@@ -140,3 +147,98 @@ def test_a_thousand_broken_files_are_errors_or_valid(tmp_path):
         assert Strategy.from_dict(json.loads(strategy.to_json())) == strategy
         strategy.assign(0, 0, 10, "transformer", 4, 4)
     assert 500 < refused < 1000
+
+
+def processors(pipe):
+    return [block.attn1.processor for block in pipe.transformer.blocks]
+
+
+def test_broken_files_leave_a_pipeline_as_it_was(tmp_path):
+    """Given to a real pipeline, a broken file is a clear error, or a strategy that runs."""
+    small = {"block_size": 8}
+    whole = Strategy(
+        name="small",
+        model=Model(classes=("WanTransformer3DModel",)),
+        grid=Grid(frames=3, height=4, width=6),
+        rules=(
+            rule("pooled", {**small, "density": 0.25}, layers=(0, 1), heads=(0,), steps=(0, 0.7)),
+            rule("adaspa", {**small, "search_steps": [0.0]}, stage="transformer", heads=(1,)),
+            rule("rettention", {"mask_params": small}, layers=(1,), steps=(0.5, 1.0)),
+        ),
+        receipt=Receipt(measured={"density": 0.5}, prompts=("a",), seeds=(0,)),
+    ).to_json()
+    pipe, args = tiny.wan()
+    plain, before = tiny.run(pipe, args, num_inference_steps=2), processors(pipe)
+    draw, path = random.Random(1), tmp_path / "broken.json"
+    outcomes = {"refused": 0, "ran": 0, "failed": 0}
+    messages = []
+    for number in range(120):
+        path.write_text(whole if number == 0 else mutated(whole, draw), encoding="utf-8")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such as a file of another config
+                handle = dit_sparse.enable(pipe, path)
+        except DitSparseError as error:
+            outcomes["refused"] += 1
+            messages.append(str(error))
+        else:
+            with handle:
+                try:
+                    found = tiny.run(pipe, args, num_inference_steps=2)
+                    outcomes["ran"] += 1
+                    assert found.isfinite().all()
+                except DitSparseError as error:
+                    outcomes["failed"] += 1
+                    messages.append(str(error))
+        assert dit_sparse.current(pipe) is None
+        assert all(a is b for a, b in zip(processors(pipe), before, strict=True))
+    assert torch.equal(tiny.run(pipe, args, num_inference_steps=2), plain)
+    assert all(messages)
+    assert not any("\n" in message for message in messages)
+    assert outcomes["refused"] > 40
+    assert outcomes["ran"] > 15
+
+
+full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@full_disk
+def test_a_full_disk_leaves_the_old_strategy_whole(tmp_path, monkeypatch):
+    """The system's own answer to a write without space, not an exception made up here."""
+    path = tmp_path / "s.json"
+    made(rule()).save(path)
+    before, make = path.read_bytes(), tempfile.mkstemp
+
+    def full(*args, **more):
+        handle, name = make(*args, **more)
+        os.close(handle)
+        return os.open("/dev/full", os.O_WRONLY), name
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    with pytest.raises(StrategyError, match=r"s\.json: cannot be written: No space left"):
+        made(rule("pooled")).save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["s.json"]
+
+
+@full_disk
+def test_a_full_disk_leaves_the_old_measurements_whole(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    store.open({"a": 1})
+    store.write_unit(0, {"b": 1})
+    before = {path.name: path.read_bytes() for path in store.folder.iterdir()}
+    plain = Path.open
+
+    def full(self, *args, **more):
+        if not self.name.startswith("."):
+            return plain(self, *args, **more)
+        plain(self, *args, **more).close()
+        return plain(Path("/dev/full"), *args, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ProfileError, match=r"unit-00000\.json: cannot be written: No space left"):
+        store.write_unit(0, {"b": 2})
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == before
+    assert store.unit(0) == {"b": 1}

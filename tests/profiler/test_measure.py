@@ -46,10 +46,12 @@ def token_mask(plan, heads):
         )
         at = h % plan.kv_indices.shape[1]
         for i in range(plan.q.blocks):
-            qs, ql = int(plan.q.starts[0, 0, i]), int(plan.q.lengths[0, 0, i])
+            of = h % plan.q.starts.shape[1]
+            qs, ql = int(plan.q.starts[0, of, i]), int(plan.q.lengths[0, of, i])
             for e in range(int(plan.kv_num_blocks[0, at, i])):
                 j = int(plan.kv_indices[0, at, i, e])
-                ks, kl = int(plan.kv.starts[0, 0, j]), int(plan.kv.lengths[0, 0, j])
+                of = h % plan.kv.starts.shape[1]
+                ks, kl = int(plan.kv.starts[0, of, j]), int(plan.kv.lengths[0, of, j])
                 cell = torch.ones(ql, kl, dtype=torch.bool)
                 tile = -1 if plan.partial is None else int(plan.partial[0, at, i, e])
                 if tile >= 0:
@@ -239,22 +241,27 @@ def memory():
 torch.set_num_threads(1)
 for frames in (1, 6):
     grid = LatentsGrid(frames, 32, 32)
-    found = resolve(parse_candidates("radial:block_size=128,pooled:density=0.25"), grid)
-    call = call_of(grid, heads=2, dim=64)
+    found = resolve(parse_candidates(sys.argv[2]), grid)
+    calls = [call_of(grid, heads=2, dim=64, step=step) for step in (0, 2)]
     Path("/proc/self/clear_refs").write_text("5")
     before, _ = memory()
-    Meter(found).measure(call, 0)
+    meter = Meter(found, sample=int(sys.argv[3]) or None)
+    for call in calls:
+        meter.measure(call, 0)
     _, peak = memory()
-print(peak - before, memory_bound(call), 4 * grid.tokens**2)
+print(peak - before, memory_bound(call) + meter.state_bytes, 4 * grid.tokens**2)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_stays_within_the_bound(root):
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(root)], capture_output=True, text=True, check=True
-    )
+@pytest.mark.parametrize(
+    ("candidates", "sample"),
+    [("radial:block_size=128,pooled:density=0.25", 0), ("default", 16)],
+)
+def test_memory_stays_within_the_bound(root, candidates, sample):
+    command = [sys.executable, "-c", MEMORY, str(root), candidates, str(sample)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, bound, square = map(int, done.stdout.split())
     kernel = 48 << 20  # kernels/cpu.py: LAID_OUT and GATHERED
     assert taken <= bound + kernel < square

@@ -257,8 +257,9 @@ def test_a_method_seen_only_while_searching_is_not_chosen():
     searcher = Candidate("adaspa", "adaspa", {})
     call = {
         "stage": "transformer", "layer": 0, "step": 0, "band": 0, "power": [1.0],
-        "found": [{"candidate": "adaspa", "error": [0.0], "recall": [1.0], "density": [1.0],
-                   "computed": [1.0], "ordered": False, "partial": 0.0, "searched": True}],
+        "found": [{"candidate": "adaspa", "error": [0.0], "doubt": [0.0], "recall": [1.0],
+                   "density": [1.0], "computed": [1.0], "ordered": False, "partial": 0.0,
+                   "searched": True}],
     }  # fmt: skip
     unit = {
         "about": {"num_steps": 4, "heads": 1},
@@ -278,9 +279,10 @@ def test_a_method_seen_only_while_searching_is_not_chosen():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
 def test_killed_searches_resume_to_the_same_files(root):
     done = subprocess.run(
-        [sys.executable, "tests/profiler/kill.py", "--kills", "3", "--seed", "3"],
+        [sys.executable, "tests/profiler/kill.py", "--kills", "4", "--seed", "3",
+         "--sequential", "none", "bands"],
         cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills" in done.stdout
+    assert "4 kills" in done.stdout
     assert "0 differ" in done.stdout

@@ -157,12 +157,14 @@ def test_more_error_never_costs_time_and_the_same_tables_give_the_same():
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        ({}, "either"),
-        ({"target": 0.1, "budget": 0.5}, "either"),
+        ({}, "one of"),
+        ({"target": 0.1, "budget": 0.5}, "one of"),
         ({"target": -1.0}, "from 0"),
         ({"target": float("nan")}, "from 0"),
         ({"budget": 0.0}, "above 0"),
         ({"budget": 0.01}, "cannot be met"),
+        ({"density": 0.0}, "density must be"),
+        ({"density": 1e-9}, "density: 1e-09 of dense cannot"),
     ],
 )
 def test_bad_wishes_are_refused(wish, words):

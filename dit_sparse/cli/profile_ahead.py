@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dit-sparse profile --dry-run``: how long a search will take, from config files alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dit_sparse.cli.console import ERR, OUT
+from dit_sparse.cli.forecast import read_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dit_sparse.profiler.expected import Expected
+
+GUIDED = ("Wan",)  # families that run a pass for each guidance branch
+
+
+def tell(
+    model: str,
+    size: tuple[int | None, int | None, int | None],
+    steps: int | None,
+    guidance: float | None,
+    units: int,
+    candidates: str,
+    edges: tuple[float, ...],
+    captures: int,
+    sample: int | None,
+    sequential: str,
+    *,
+    check: bool,
+    timing: bool,
+    state_limit: float,
+) -> None:
+    """Print the forecast.
+
+    Args:
+        model: A known name, folder or Hub id.
+        size: Height, width and frames; None: the model's.
+        steps: Likewise.
+        guidance: Guidance scale; without any a step is one pass.
+        units: Prompts times seeds.
+        candidates: As ``profile`` takes them.
+        edges: Of the step bands.
+        captures: Captured calls of a layer and band.
+        sample: Rows that are compared.
+        sequential: As ``profile`` takes it.
+        check: The strategy is run once at the end.
+        timing: Costs are measured.
+        state_limit: GiB that candidates may remember.
+    """
+    with ERR.status(f"counting {model}"):
+        from dit_sparse.pipelines.size import model_size
+        from dit_sparse.profiler.candidates import parse_candidates
+        from dit_sparse.profiler.capture import Bands, Measuring
+        from dit_sparse.profiler.expected import expected
+
+        how = Measuring(parse_candidates(candidates), Bands(edges, captures), sample)
+        known, vae = read_model(model)
+        height, width = size[0] or known.height, size[1] or known.width
+        frames, count = size[2] or known.num_frames, steps or known.num_steps
+        found = model_size(known.config, height, width, frames, vae=vae)
+        two = found.family.batched_cfg or found.class_name.startswith(GUIDED)
+        passes = 2 if two and (guidance is None or guidance > 1) else 1
+        told = expected(
+            found, how, num_steps=count, units=units, passes=passes, sequential=sequential,
+            check=check, timing=timing,
+        )  # fmt: skip
+    length = f", {frames} frames" if frames > 1 else ""
+    title = f"{model}, {height} x {width} pixels{length}, {count} steps of {passes} passes"
+    OUT.print(_table(told, title, len(how.wanted)))
+    if told.state_bytes > state_limit * 2**30:
+        OUT.print(
+            f"[bold yellow]Candidates would remember more than --state-limit {state_limit:g} GiB, "
+            "and the search would stop:[/] raise it, or leave a method out, as in --candidates "
+            f"{candidates},-{max(told.state, key=lambda name: told.state[name])}.",
+            highlight=False,
+        )
+
+
+def _table(told: Expected, title: str, candidates: int) -> Table:
+    from rich.table import Table
+
+    from dit_sparse.forecast import ATTENTION_RATE, EFFICIENCY, OTHER_RATE
+    from dit_sparse.profiler.cost import SEARCH
+    from dit_sparse.profiler.expected import OWN
+
+    table = Table(title=title, show_header=False, box=None, padding=(0, 2, 0, 2))
+    for row in (
+        ("one dense generation", f"{_time(told.generation)}, text encoders and VAE not counted"),
+        (
+            "a prompt and seed",
+            (
+                f"{told.per_unit:.2f} generations: {told.own:g} of its own, {told.measuring:.2f} "
+                f"to try {candidates} candidates on {told.captured} calls"
+            ),
+        ),
+        ("micro-benchmark", f"{told.timing:.2f} generations, once"),
+        ("check at the end", f"{told.check:g} generations, once"),
+        ("in all", f"{_time(told.seconds)} for {told.units} prompts x seeds"),
+        ("remembered", f"{told.state_bytes / 2**30:.1f} GiB at most, by {_heavy(told)}"),
+        (
+            "assumed",
+            (
+                f"one card with {ATTENTION_RATE:g} TFLOP/s in attention and {OTHER_RATE:g} in the "
+                f"rest (H100 or H200, bf16), kernel efficiency {EFFICIENCY:g}, {OWN:.0%} of a "
+                f"dense call for each candidate's planning and comparing, {SEARCH:g} dense call "
+                "for the searches"
+            ),
+        ),
+    ):
+        table.add_row(*row)
+    return table
+
+
+def _heavy(told: Expected) -> str:
+    """Name what remembers most."""
+    named = sorted(told.state.items(), key=lambda item: -item[1])[:3]
+    found = [f"{name} {size / 2**30:.1f}" for name, size in named if size >= 2**20]
+    return ", ".join(found) or "no candidate"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
