@@ -3,17 +3,20 @@
 #   make demo    generate on the small model, dense beside sparse, and print what it gained and cost
 #   make test    the whole test suite            make check   format, lint, types, the fast tests
 #   make bench   kernel speed on this machine    make lint    format, lint, types
+#   make fidelity   what every method costs in quality on the small models (hours on a CPU)
 #   make clean   remove the environment
 #
 # Each makes its own environment in .venv where there is none; it needs Python >= 3.10 and make.
 # Variables: PYTHON (which one), TORCH (which build on a machine without an NVIDIA GPU; a torch that
-# is in .venv already is left alone), JOBS (test processes), PYTEST_ARGS, BENCH_ARGS.
+# is in .venv already is left alone), JOBS (test processes), PYTEST_ARGS, BENCH_ARGS, MODELS (small
+# models of the fidelity table).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MODELS ?= wan-tiny
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,11 +24,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench clean
+.PHONY: help demo test check lint bench fidelity clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
@@ -45,6 +48,15 @@ check: lint
 
 bench: $(VENV)/.use
 	@$(BIN)/dit-sparse bench $(BENCH_ARGS)
+
+# Goes on where it was stopped; the clips stay in outputs/fidelity.
+fidelity: $(VENV)/.dev
+	@for model in $(MODELS); do \
+		$(BIN)/python samples/fidelity/run.py samples/$$model -o outputs/fidelity || exit 1; \
+		$(BIN)/python samples/atlas/run.py samples/$$model || exit 1; \
+	done
+	@$(BIN)/python samples/fidelity/page.py
+	@$(BIN)/python samples/atlas/page.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make ``docs/benchmarks/fidelity.md`` and its plots from what ``run.py`` wrote.
+
+python samples/fidelity/page.py
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+from findings import FINDINGS
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "benchmarks" / "fidelity"
+PAGE = RESULTS.with_suffix(".md")
+SETTINGS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+
+TEMPLATE = """\
+# What sparse attention costs in quality, method by method
+
+Small models, trained for this repository, stand in for the real ones: **the order of methods and
+the figures are theirs, and say little about real checkpoints.** Each pair is a sparse clip and the
+dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pair beside them.
+`make fidelity` makes everything anew (hours on a CPU); `fidelity/*.json` has every pair.
+
+- *density*: measured over all calls of the generation, steps on which a method searches or
+  refreshes counted as 1. Every step and layer is sparse, which is harder than any published
+  setting: those leave the first steps and layers dense.
+- *right*: clips in which the checker (`samples/train/checker.py`) reads all that the prompt says.
+- *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
+  prompts and seeds. `sparse_vdit`: its own rule per head, lambda set for the density.
+- *noise floor*: dense again with another SDPA backend.
+{% for model in models %}
+## {{ model.model }}
+
+{{ model.pairs }} pairs ({{ model.prompts | length }} prompts, {{ model.seeds | length }} seeds); \
+{{ model.settings }}. Dense clips right: {{ model.dense_right }}.
+{% if model.floor %}Noise floor: PSNR {{ "%.1f" | format(model.floor.psnr) }} dB, \
+SSIM {{ "%.4f" | format(model.floor.ssim) }}.
+{% endif %}
+![PSNR over density](fidelity/{{ model.model }}.png)
+{% for density in model.densities %}
+### Density {{ density }}
+
+| method | density | PSNR | worst | SSIM | worst | LPIPS | worst | right |
+|---|---|---|---|---|---|---|---|---|
+{% for row in model.tables[density] -%}
+| {{ row.label }} | {{ row.density }} | {{ row.psnr }} | {{ row.psnr_worst }} | {{ row.ssim }} | \
+{{ row.ssim_worst }} | {{ row.lpips }} | {{ row.lpips_worst }} | {{ row.right }} |
+{% endfor %}
+{% for name, why in model.absent[density] %}{{ name }}: not in the table, {{ why }}.
+{% endfor %}{% endfor %}
+{{ model.findings }}
+{% endfor %}"""
+
+
+def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give medians and the worst over pairs."""
+    found: dict[str, Any] = {"density": median(row["density"] for row in rows)}
+    for name, worst in (("psnr", min), ("ssim", min), ("lpips_alex", max)):
+        values = [row[name] for row in rows]
+        known = all(value is not None for value in values)
+        found[name] = median(values) if known else None
+        found[f"{name}_worst"] = worst(values) if known else None
+    found["right"] = sum(row["right"] for row in rows)
+    found["pairs"] = len(rows)
+    return found
+
+
+def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
+    """Write the rows of one density, the best PSNR first."""
+    suffix = f"-{100 * density:g}"
+    chosen = {name: arm for name, arm in arms.items() if name.endswith(suffix)}
+    rows = []
+    for name, arm in sorted(chosen.items(), key=lambda pair: -pair[1]["psnr"]):
+        label = name.removesuffix(suffix)
+        row = {
+            "label": f"**{label}**" if label == "mixed" else label,
+            "density": f"{arm['density']:.3f}",
+            "right": f"{arm['right']}/{arm['pairs']}",
+        }
+        for key, short, form in (
+            ("psnr", "psnr", ".2f"),
+            ("ssim", "ssim", ".3f"),
+            ("lpips_alex", "lpips", ".3f"),
+        ):
+            for part in ("", "_worst"):
+                value = arm[key + part]
+                row[short + part] = "-" if value is None else format(value, form)
+        rows.append(row)
+    return rows
+
+
+def plot(told: dict[str, Any], arms: dict[str, Any], path: Path) -> None:
+    """Draw PSNR over density, a line per method."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    methods = sorted({name.rpartition("-")[0] for name in arms}, key=lambda m: (m != "mixed", m))
+    for number, method in enumerate(methods):
+        points = sorted(
+            (arm["density"], arm["psnr"])
+            for name, arm in arms.items()
+            if name.rpartition("-")[0] == method
+        )
+        style = {"color": "black", "linewidth": 2.5} if method == "mixed" else {"linewidth": 1.2}
+        marker = "osv^D<>phX*P"[number % 12]
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=method, **style)
+    axes.set(xlabel="density, searches included", ylabel="PSNR to the dense clip, dB")
+    axes.set_title(f"{told['model']}: medians over {len(told['arms']['dense'])} pairs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def model_of(path: Path) -> dict[str, Any]:
+    """Read one model's results and prepare its part of the page."""
+    told = json.loads(path.read_text())
+    arms = {name: summed(rows) for name, rows in told["arms"].items() if name != "dense"}
+    floor = arms.pop("floor", None)
+    plot(told, arms, path.with_suffix(".png"))
+    dense = told["arms"]["dense"]
+    told["pairs"] = len(dense)
+    told["dense_right"] = f"{sum(row['right'] for row in dense)}/{len(dense)}"
+    told["floor"] = floor
+    told["settings"] = ", ".join(f"{k} {told['call'][k]}" for k in SETTINGS if k in told["call"])
+    told["tables"] = {density: table(arms, density) for density in told["densities"]}
+    told["absent"] = {
+        density: [
+            (name.rpartition("-")[0], why)
+            for name, why in told["missing"].items()
+            if name.endswith(f"-{100 * density:g}")
+        ]
+        for density in told["densities"]
+    }
+    told["findings"] = FINDINGS.get(told["model"], "").strip()
+    return told
+
+
+def main() -> None:
+    """Write the page."""
+    models = [model_of(path) for path in sorted(RESULTS.glob("*.json"))]
+    environment = jinja2.Environment(autoescape=False)  # noqa: S701, Markdown from our own data
+    PAGE.write_text(environment.from_string(TEMPLATE).render(models=models))
+
+
+if __name__ == "__main__":
+    main()

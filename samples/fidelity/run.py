@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what every method costs in quality on a small model, at equal densities.
+
+    python samples/fidelity/run.py samples/wan-tiny -o outputs/fidelity
+
+makes the strategies, lets ``dit-sparse evaluate`` generate and compare, lets the checker read the
+clips, and writes ``docs/benchmarks/fidelity/<model>.json``, of which ``page.py`` makes the tables
+and plots. Stopped, the same command goes on; it takes hours on a CPU.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import KNOBS, TOLERANCE, Maker
+from reading import reader_of
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "fidelity"
+METRICS = "psnr,ssim,lpips_alex,motion_ratio,sharpness_ratio"
+SETTINGS = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder, such as samples/wan-tiny")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for clips")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--methods", nargs="+", default=[*sorted(KNOBS), "sparse_vdit", "mixed"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
+    parser.add_argument("--calibration", type=int, default=2, help="prompts to tune and search on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tune-only", action="store_true", help="write the strategies and stop")
+    return parser.parse_args()
+
+
+def call_settings(model: Path, steps: int) -> dict[str, Any]:
+    """Give the settings of every call: the model's own, with another number of steps."""
+    told = json.loads((model / "sample_defaults.json").read_text())
+    return {key: told[key] for key in SETTINGS if key in told} | {"num_inference_steps": steps}
+
+
+def make_strategies(args: argparse.Namespace, prompts: list[str], folder: Path) -> dict[str, str]:
+    """Write one file per method and density; those that are there stay.
+
+    Returns:
+        Why there is none, by name, for those that cannot have the density.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "missing.json"
+    missing: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    maker = Maker(
+        args.model,
+        call_settings(args.model, args.steps),
+        tuple(prompts[: args.calibration]),
+        folder.parent / "measured",
+    )
+    for density in args.densities:
+        for method in args.methods:
+            name = f"{method}-{100 * density:g}"
+            if name in missing or (folder / f"{name}.json").exists():
+                continue
+            strategy, told = maker.strategy(method, density)
+            print(f"{name}: predicted density {told:.3f}", flush=True)
+            if abs(told - density) <= TOLERANCE:
+                strategy.save(folder / f"{name}.json")
+            else:
+                missing[name] = f"comes to {told:.3f} at the nearest"
+                path.write_text(json.dumps(missing, indent=2) + "\n")
+    return missing
+
+
+def evaluate(args: argparse.Namespace, prompts: list[str], strategies: list[Path]) -> Path:
+    """Let the quality checks generate and compare; returns their folder."""
+    place = args.output / args.model.name / "evaluation"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    listed = place.parent / "prompts.txt"
+    listed.write_text("\n".join(prompts) + "\n")
+    command = [sys.executable, "-m", "dit_sparse", "evaluate", str(args.model)]
+    command += [part for each in strategies for part in ("--strategy", str(each))]
+    command += ["--prompts", str(listed), "--seeds", ",".join(map(str, args.seeds))]
+    command += ["--steps", str(args.steps), "--threads", str(args.threads), "-o", str(place)]
+    subprocess.run([*command, "--metrics", METRICS], check=True)  # noqa: S603, our own command
+    return place
+
+
+def collect(args: argparse.Namespace, place: Path, missing: dict[str, str]) -> dict[str, Any]:
+    """Put every pair's numbers and the checker's readings together."""
+    told = json.loads((place / "report.json").read_text())
+    read = reader_of(args.model.name)
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for folder in sorted((place / "pairs").iterdir()):
+        for path in sorted(folder.glob("*.json")):
+            arm = path.stem
+            made = json.loads(path.read_text())
+            row = {"prompt": made["prompt"], "seed": made["seed"]}
+            row["density"] = made["facts"].get("density")
+            row["right"] = read(made["prompt"], folder / made["file"]["exact"])
+            page = folder / f"vs-{arm}" / "report.json"
+            if arm != "dense":
+                metrics = json.loads(page.read_text())["metrics"]
+                row |= {name: metrics[name]["value"] for name in METRICS.split(",")}
+                row["psnr_worst_frame"] = metrics["psnr"]["worst"]
+            arms.setdefault(arm, []).append(row)
+    return {
+        "kind": "dit_sparse.fidelity",
+        "model": args.model.name,
+        "command": " ".join(["python", *sys.argv]),
+        "call": told["call"],
+        "prompts": told["prompts"],
+        "seeds": told["seeds"],
+        "densities": args.densities,
+        "missing": missing,
+        "arms": arms,
+    }
+
+
+def main() -> None:
+    """Do it all for one model."""
+    args = read_arguments()
+    torch.set_num_threads(args.threads)
+    prompts = json.loads((HERE / "prompts.json").read_text())[args.model.name]
+    folder = args.output / args.model.name / "strategies"
+    missing = make_strategies(args, prompts["calibration"], folder)
+    if args.tune_only:
+        return
+    names = [f"{m}-{100 * d:g}" for d in args.densities for m in args.methods]
+    files = [folder / f"{name}.json" for name in names if (folder / f"{name}.json").exists()]
+    place = evaluate(args, prompts["held_out"], files)
+    found = collect(args, place, missing)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1, allow_nan=False)
+    (RESULTS / f"{args.model.name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
