@@ -106,7 +106,8 @@ class Blade:
         """Choose by sampled maxima along the curve, or reuse the last choice."""
         q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
         if self.density == 1 and (self.threshold == 1 or self.floor == 1):
-            return BlockPlan.full(q, kv)  # nothing to choose: scores and order would not matter
+            # Nothing to choose: scores and order would not matter. Pooled keys still add to it.
+            return replace(BlockPlan.full(q, kv), complete=not self.pooled)
         order = _order(call)
         video = video_blocks(call, self.block_size)
         draw = (self.seed * 1009 + call.layer) * 1009 + call.step

@@ -215,3 +215,11 @@ def test_the_published_shares_give_the_published_counts():
 def test_out_of_range(params, message):
     with pytest.raises(StrategyError, match=message):
         Blade(**params)
+
+
+@pytest.mark.parametrize("pooled", [0, 3])
+def test_with_pooled_keys_a_plan_that_keeps_all_is_not_dense_attention(pooled):
+    call = make_call(LatentsGrid(2, 3, 4))
+    plan = Blade(density=1.0, threshold=1.0, pooled=pooled, block_size=16).plan(call, PooledOps())
+    assert plan.density().min() == 1
+    assert plan.complete == (pooled == 0)
