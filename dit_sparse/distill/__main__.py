@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``accelerate launch -m dit_sparse.distill CONFIG.yaml``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dit_sparse.distill.config import read_config
+from dit_sparse.errors import DitSparseError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a training, or forecast it; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dit_sparse.distill",
+        description="Train a video or image transformer with its sparse attention.",
+    )
+    parser.add_argument(
+        "config", type=Path, help="a YAML file; docs/distill.md says what is in it"
+    )
+    parser.add_argument(
+        "--forecast",
+        action="store_true",
+        help="say what an iteration will take of memory and time, and stop; loads no weights",
+    )
+    asked = parser.parse_args(arguments)
+    try:
+        config = read_config(asked.config)
+        if asked.forecast:
+            from dit_sparse.distill.forecast import forecast
+
+            sys.stdout.write(forecast(config).text())
+            return 0
+        from accelerate import Accelerator
+
+        from dit_sparse.distill.source import prepare
+
+        accelerator = Accelerator(cpu=config.device == "cpu")
+        result = prepare(config, accelerator).run(show=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            sys.stderr.write(f"result: {result}\n")
+    except DitSparseError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

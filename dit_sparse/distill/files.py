@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors on disk, each file written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dit_sparse.distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    """Write a safetensors file; what stood there before stays until the new one is whole.
+
+    Args:
+        path: Where.
+        tensors: By name.
+        notes: Plain data, kept in the file's head.
+
+    Raises:
+        DistillError: It cannot be written (a full disk); the old file is whole, no part is left.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A tensor that is a view of another cannot be written: each gets memory of its own.
+        own = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(own, scratch, {"notes": json.dumps(notes, allow_nan=False)})
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except (OSError, SafetensorError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise DistillError(
+            f"{path}: cannot be written: {what}; what stood there before is whole. Make room and "
+            "start the same command again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file that ``write_tensors`` wrote: tensors by name, and the notes."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DistillError(f"{path}: cannot be read: {error}; delete it") from error

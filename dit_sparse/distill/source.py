@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the pipeline of a run, and make its data: the way from a config to a trainer."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_sparse.distill.clips import encode_clips, list_clips
+from dit_sparse.distill.conditions import Conditions, encode, free_encoders, read_prompts
+from dit_sparse.distill.errors import DistillError
+from dit_sparse.distill.record import guidance_arguments
+from dit_sparse.distill.train import Trainer, check_parallel
+from dit_sparse.strategy import config_hash
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dit_sparse.distill.config import Config
+
+
+def load_pipeline(config: Config, device: torch.device) -> Any:
+    """Load a pipeline; no code that comes with it is run."""
+    import diffusers
+    from diffusers.pipelines import pipeline_utils
+
+    dtype = getattr(torch, config.train.dtype)
+    key = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(config.model, **{key: dtype})
+        return pipe.to(device)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DistillError(f"model: {config.model}: cannot be loaded: {first}") from error
+
+
+def prepare(config: Config, accelerator: Any) -> Trainer:
+    """Make everything that a run needs; each thing is refused before the next is made.
+
+    Args:
+        config: What to do.
+        accelerator: Device and other processes.
+    """
+    check_parallel(accelerator)
+    if config.device == "cuda" and accelerator.device.type != "cuda":
+        raise DistillError(
+            f"device: cuda was asked for, this torch ({torch.__version__}) and accelerate give "
+            f"{accelerator.device}; 'dit-sparse doctor' says more"
+        )
+    strategy = config.make_strategy()
+    clips: list[Path] = []
+    if config.task == "distill":
+        assert config.data.prompts is not None
+        texts = read_prompts(config.data.prompts)
+    else:
+        assert config.data.clips is not None
+        found = list_clips(config.data.clips)
+        clips, texts = [path for path, _ in found], [caption for _, caption in found]
+    pipe = load_pipeline(config, accelerator.device)
+    own = config.distill if config.task == "distill" else config.finetune
+    arguments = {
+        **config.size.model_dump(exclude_none=True),
+        **guidance_arguments(
+            pipe, own.guidance, getattr(own, "true_guidance", 1.0), config.data.negative_prompt
+        ),
+    }
+    if strategy is not None:
+        _check_strategy(pipe, strategy)
+    process = accelerator.process_index, accelerator.num_processes
+    fingerprint = f"{config.model} {config_hash(pipe.transformer.config)} {config.train.dtype}"
+    conditions: Conditions = encode(
+        pipe,
+        [{"prompt": text} for text in texts],
+        arguments,
+        config.cache,
+        steps=config.steps,
+        fingerprint=fingerprint,
+        tell=_tell("encoding prompts") if accelerator.is_main_process else None,
+        process=process,
+        wait=accelerator.wait_for_everyone,
+    )
+    free_encoders(pipe)
+    latents = encode_clips(
+        pipe,
+        clips,
+        config.size,
+        config.cache,
+        conditions.first.latents,
+        fingerprint=fingerprint,
+        tell=_tell("encoding clips") if accelerator.is_main_process else None,
+        process=process,
+        wait=accelerator.wait_for_everyone,
+    )
+    pipe.vae.to("cpu")
+    return Trainer(config, pipe, conditions, accelerator, latents)
+
+
+def _check_strategy(pipe: Any, strategy: Any) -> None:
+    """Say early what attaching would say late."""
+    from dit_sparse.distill.attention import check_trainable
+    from dit_sparse.pipelines import family_of
+
+    check_trainable(strategy)
+    modules = family_of(pipe.transformer).attention_modules(pipe.transformer)
+    strategy.validate_for(
+        type(pipe.transformer).__name__,
+        num_layers=len(modules),
+        num_heads=modules[0][1].heads,
+        stages=("transformer",),
+        config_hash=config_hash(pipe.transformer.config),
+    )
+
+
+def _tell(what: str) -> Any:
+    def tell(done: int, of: int) -> None:
+        end = "\n" if done == of else ""
+        sys.stderr.write(f"\r{what}: {done} of {of}{end}")
+        sys.stderr.flush()
+
+    return tell
