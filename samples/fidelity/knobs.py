@@ -91,7 +91,8 @@ def density_of(method: str, params: dict[str, Any], calls: Sequence[AttentionCal
     """Predict the density of a whole run from its recorded calls."""
     made = build_method(method, params)
     steps, ops = calls[0].num_steps, Backends()
-    dense = Candidate(method, method, params_of(made)).dense_steps(steps) / steps
+    candidate = Candidate(method, method, params_of(made))
+    dense = candidate.dense_steps(steps) / steps
     states: dict[tuple[str, int], dict[str, Any]] = {}
     found: list[float] = []
     for call in calls:
@@ -99,7 +100,8 @@ def density_of(method: str, params: dict[str, Any], calls: Sequence[AttentionCal
         own = replace(call, state=state, shared={})
         plan = made.plan(own, ops)
         if plan is None:
-            found.append(1.0)
+            refreshes = candidate.period is not None and call.step % candidate.period == 0
+            found += [] if refreshes else [1.0]  # a refresh is in ``dense``
         elif plan.complete:  # it searches: its share is in ``dense``
             output, lse = ops.attend(own.query, own.key, own.value, plan, own.scale)
             made.finish(own, output, lse, ops)

@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put the averaged weights, the tokenizer and the scheduler into one `WanPipeline` folder."""
+"""Put averaged weights, tokenizers, text encoders and scheduler into one pipeline folder."""
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
 import torch
-from autoencoder import make_autoencoder
-from diffusers import UniPCMultistepScheduler, WanPipeline
-from text import make_text_encoder, make_tokenizer
+from families import FAMILIES, make_family
+from families.base import HALVES
 from torch import nn
-from transformer import make_transformer
-
-HALVES = {
-    "decoder": ("decoder", "post_quant_conv"),
-    "encoder": ("encoder", "quant_conv"),
-}
 
 
 def take(module: nn.Module, path: Path, *, allow_untrained: bool) -> None:
@@ -30,33 +24,26 @@ def take(module: nn.Module, path: Path, *, allow_untrained: bool) -> None:
 def main() -> None:
     """Build the folder beside its place, then move file by file, so that readers can go on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=FAMILIES)
     parser.add_argument(
         "checkpoints", type=Path, help="folder with dit.pt, decoder.pt, encoder.pt"
     )
     parser.add_argument("pipeline", type=Path, help="folder to write")
     parser.add_argument("--allow-untrained", action="store_true")
     args = parser.parse_args()
-    transformer, vae, tokenizer = make_transformer(), make_autoencoder(), make_tokenizer()
+    family = make_family(args.family)
+    transformer, vae = family.make_transformer(), family.make_autoencoder()
     take(transformer, args.checkpoints / "dit.pt", allow_untrained=args.allow_untrained)
-    for name, parts in HALVES.items():
-        half = nn.ModuleList([getattr(vae, part) for part in parts])
-        take(half, args.checkpoints / f"{name}.pt", allow_untrained=args.allow_untrained)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        num_train_timesteps=1000,
-        flow_shift=3.0,
-    )
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=make_text_encoder(tokenizer),  # float32: it is small
-        vae=vae.half(),
-        scheduler=scheduler,
-        transformer=transformer.half(),
-    )
+    for name in HALVES:
+        path = args.checkpoints / f"{name}.pt"
+        take(family.half(vae, name), path, allow_untrained=args.allow_untrained)
+    # text encoders stay float32: they are small
+    pipeline = family.make_pipeline(transformer.half(), vae.half())
     args.pipeline.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.pipeline.parent) as staging:
         pipeline.save_pretrained(staging)
+        defaults = json.dumps(dict(family.sample_defaults), indent=2)
+        (Path(staging) / "sample_defaults.json").write_text(defaults + "\n")
         for source in sorted(Path(staging).rglob("*")):
             if source.is_file():
                 target = args.pipeline / source.relative_to(staging)

@@ -40,7 +40,7 @@ class Reading:
 
 def _palette() -> tuple[Tensor, list[str | None]]:
     """List every colour a pixel may have, with its word; None for backgrounds."""
-    entries = [
+    entries: list[tuple[list[float], str | None]] = [
         ([min(1.0, part * shade) for part in value], name)
         for name, value in COLOURS.items()
         for shade in SHADE

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a pipeline folder: generate clips from prompts, read them back with the checker.
+"""Score a video pipeline's folder: generate clips from prompts, read them back with the checker.
 
 Even numbers take a held-out (shape, colour, motion), odd numbers one from training; numbers 2, 3,
 6, 7, ... take the short form of the caption. The noise seed is the number. Rows go to a CSV file,
 so that several processes may share the work (``--first``, ``--clips``). Frames of each clip go to
-``<number>.png`` beside the CSV file.
+``<number>.png`` beside the CSV file. The settings are the folder's ``sample_defaults.json``.
 """
 
 import argparse
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from checker import check
 from data import Scene, full_caption, sample, short_caption
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 SEED = 400
@@ -28,20 +30,18 @@ def question(number: int) -> tuple[Scene, str]:
     return scene, short_caption(scene) if number % 4 > 1 else full_caption(scene)
 
 
+def read_settings(pairs: list[str]) -> dict[str, int | float]:
+    """Read ``NAME=NUMBER`` pairs."""
+    settings = [pair.split("=", 1) for pair in pairs]
+    return {name: float(value) if "." in value else int(value) for name, value in settings}
+
+
 def generate(
-    pipeline: WanPipeline, prompt: str, seed: int, args: argparse.Namespace
+    pipeline: DiffusionPipeline, prompt: str, seed: int, settings: dict[str, Any]
 ) -> torch.Tensor:
     """Sample one clip ``[frames, height, width, 3]`` in [0, 1]."""
-    frames = pipeline(
-        prompt,
-        height=args.pixels,
-        width=args.pixels,
-        num_frames=args.frames,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-    ).frames
+    generator = torch.Generator().manual_seed(seed)
+    frames = pipeline(prompt, generator=generator, output_type="pt", **settings).frames
     return frames[0].permute(0, 2, 3, 1).float().cpu()
 
 
@@ -76,16 +76,17 @@ def main() -> None:
     parser.add_argument("csv", type=Path, help="rows are appended")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--clips", type=int, default=50)
-    parser.add_argument("--frames", type=int, default=33)
-    parser.add_argument("--pixels", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="of the call")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    pipeline = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
+    settings = json.loads((args.pipeline / "sample_defaults.json").read_text())
+    del settings["fps"]
+    settings |= read_settings(args.set)
     with args.csv.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if file.tell() == 0:
@@ -93,7 +94,7 @@ def main() -> None:
             file.flush()
         for number in range(args.first, args.first + args.clips):
             scene, prompt = question(number)
-            video = generate(pipeline, prompt, number, args)
+            video = generate(pipeline, prompt, number, settings)
             save_strip(video, args.csv.with_name(f"{number:03}.png"))
             reading = check(video)
             row = {

@@ -46,12 +46,12 @@ def draw_curve(log: Path, target: Path) -> None:
 
 def draw_strip(evaluation: Path, target: Path) -> None:
     """Put the first clips that ``evaluate.py`` saved below each other."""
-    strips = [Image.open(evaluation / f"{number:03}.png") for number in range(ROWS)]
+    strips = [Image.open(path) for path in sorted(evaluation.glob("[0-9]*.png"))[:ROWS]]
     width, height = strips[0].size
-    image = Image.new("RGB", (width, height * ROWS))
+    image = Image.new("RGB", (width, height * len(strips)))
     for row, strip in enumerate(strips):
         image.paste(strip, (0, row * height))
-    image.resize((width // 2, height * ROWS // 2)).save(target, optimize=True)
+    image.resize((width // 2, height * len(strips) // 2)).save(target, optimize=True)
 
 
 def main() -> None:

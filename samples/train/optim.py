@@ -74,7 +74,14 @@ class Optimizer:
         self.adam = torch.optim.AdamW(rest, lr * adam_ratio, betas=(0.9, 0.97), weight_decay=1e-3)
 
     def step(self, loss: Tensor, factor: float) -> None:
-        """Take the gradient of ``loss``, clip its norm to 1, move by ``factor * lr``."""
+        """Take the gradient of ``loss``, clip its norm to 1, move by ``factor * lr``.
+
+        Raises:
+            FloatingPointError: The loss is no number: the checkpoint before it is still good.
+        """
+        if not loss.isfinite():
+            message = f"loss must be finite, got {loss.item()}; go on from the last checkpoint"
+            raise FloatingPointError(message)
         self.muon.zero_grad()
         self.adam.zero_grad()
         loss.backward()

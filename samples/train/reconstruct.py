@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what the autoencoder keeps: PSNR over clips that no training drew."""
+"""Measure what a video autoencoder keeps: PSNR over clips that no training drew."""
 
 import argparse
 from pathlib import Path
 
 import torch
 from data import clip
-from diffusers import AutoencoderKLWan
+from diffusers import DiffusionPipeline
 from latents import LatentSpace
 
 SEED = 500
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=128)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    vae = AutoencoderKLWan.from_pretrained(args.pipeline, subfolder="vae")
+    vae = DiffusionPipeline.from_pretrained(args.pipeline).vae
     space = LatentSpace.load(args.checkpoints / "latents.pt")
     errors = {"encoder + decoder": [], "exact latents + decoder": [], "linear map": []}
     for index in range(args.clips):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the autoencoder's decoder, or its encoder, on the fixed latent space of ``latents.py``.
+"""Train the decoder of a family's autoencoder, or its encoder, on the fixed latent space.
 
 The decoder maps slightly noisy latents to pixels; the encoder maps pixels to latents. Neither
 needs the other, nor the transformer.
@@ -7,43 +7,23 @@ needs the other, nor the transformer.
 
 import argparse
 import csv
-import random
 import time
 from pathlib import Path
 
 import torch
-from autoencoder import make_autoencoder
-from data import clip
-from latents import LatentSpace
+from families import FAMILIES, make_family
+from families.base import HALVES
 from optim import Average, Optimizer
 from torch import Tensor, nn
 
-SEED = 200  # of the data
-CROP = 64  # pixels; clips of 128 pixels are cut to this
 NOISE = 0.1  # largest noise on the latents: what the transformer makes is never exact
 LOG_EVERY, SAVE_EVERY = 25, 100
-
-
-def draw(step: int) -> Tensor:
-    """Cut short pieces out of clips: ``[batch, 3, frames, CROP, CROP]``."""
-    rng = random.Random(f"vae {step}")
-    batch, frames = (2, 9) if rng.random() < 0.6 else (4, 5)
-    videos = []
-    for number in range(batch):
-        pixels = rng.choice((64, 128))
-        length = rng.choice((17, 33))
-        video, _ = clip(step * 8 + number, length, pixels, held_out=None, seed=SEED)
-        start = rng.randrange(length - frames + 1)
-        top, left = (rng.randrange(0, pixels - CROP + 1, 8) for _ in range(2))
-        part = video[:, start : start + frames, top : top + CROP, left : left + CROP]
-        videos.append(part)
-    return torch.stack(videos)
 
 
 def decoder_loss(model: nn.Module, video: Tensor, latents: Tensor, step: int) -> Tensor:
     """Compare decoded pixels: mean absolute plus mean squared error."""
     torch.manual_seed(step)
-    level = NOISE * torch.rand(len(latents), 1, 1, 1, 1)
+    level = NOISE * torch.rand(len(latents), *[1] * (latents.ndim - 1))
     with torch.autocast("cpu", torch.bfloat16):
         decoded = model.decode(latents + level * torch.randn_like(latents)).sample
     error = decoded.float() - video
@@ -61,7 +41,8 @@ def encoder_loss(model: nn.Module, video: Tensor, latents: Tensor, _step: int) -
 def main() -> None:
     """Train one half for a number of steps, on from its checkpoint where there is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("half", choices=("decoder", "encoder"))
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("half", choices=HALVES)
     parser.add_argument("folder", type=Path, help="holds latents.pt, checkpoints and logs")
     parser.add_argument("--until", type=int, required=True, help="step at which to end")
     parser.add_argument("--decay", type=int, required=True, help="last steps, of falling rate")
@@ -69,14 +50,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
-    space = LatentSpace.load(args.folder / "latents.pt")
-    model = make_autoencoder()
-    if args.half == "decoder":
-        part = nn.ModuleList([model.decoder, model.post_quant_conv])
-        loss_of = decoder_loss
-    else:
-        part = nn.ModuleList([model.encoder, model.quant_conv])
-        loss_of = encoder_loss
+    family = make_family(args.family)
+    space = family.space(args.folder / "latents.pt")
+    model = family.make_autoencoder()
+    part = family.half(model, args.half)
+    loss_of = {"decoder": decoder_loss, "encoder": encoder_loss}[args.half]
     optimizer, average = Optimizer(part, args.lr, 0.5, ("time_conv",)), Average(part, 0.97)
     path, step, cpu_seconds = args.folder / f"{args.half}.pt", 0, 0.0
     if path.exists():
@@ -91,7 +69,7 @@ def main() -> None:
         if file.tell() == 0:
             log.writerow(["step", "loss", "cpu_seconds"])
         while step < args.until:
-            video = draw(step)
+            video = family.pieces(step)
             latents = torch.stack([space.encode(one) for one in video])
             loss = loss_of(model, video, latents, step)
             factor = max(0.02, min(1.0, (args.until - step) / args.decay))
