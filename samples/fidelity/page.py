@@ -45,6 +45,10 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
 SSIM {{ "%.4f" | format(model.floor.ssim) }}.
 {% endif %}
 ![PSNR over density](fidelity/{{ model.model }}.png)
+
+![the first pair, dense above every method, alphabetically](fidelity/{{ model.model }}-strip.png)
+
+The first pair at density {{ model.densities[0] }}, dense on top.
 {% for density in model.densities %}
 ### Density {{ density }}
 

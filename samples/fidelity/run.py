@@ -15,9 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from arms import KNOBS, TOLERANCE, Maker
 from reading import reader_of
+
+from dit_sparse.quality.clips import open_clip
+from dit_sparse.video import frame_strip, write_png
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "fidelity"
@@ -111,14 +115,32 @@ def collect(args: argparse.Namespace, place: Path, missing: dict[str, str]) -> d
     return {
         "kind": "dit_sparse.fidelity",
         "model": args.model.name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python samples/fidelity/run.py samples/{args.model.name} -o outputs/fidelity "
+        f"--densities {' '.join(f'{density:g}' for density in args.densities)} "
+        f"--steps {args.steps}",
         "call": told["call"],
         "prompts": told["prompts"],
         "seeds": told["seeds"],
         "densities": args.densities,
-        "missing": missing,
+        "missing": {
+            name: why
+            for name, why in missing.items()
+            if float(name.rpartition("-")[2]) / 100 in args.densities
+        },
         "arms": arms,
     }
+
+
+def draw_strip(place: Path, density: float, path: Path) -> None:
+    """Draw the first pair's clips, dense above every strategy of one density."""
+    folder = min((place / "pairs").iterdir())
+    suffix = f"-{100 * density:g}.json"
+    rows = {}
+    for made in [folder / "dense.json", *sorted(folder.glob(f"*{suffix}"))]:
+        told = json.loads(made.read_text())
+        clip = open_clip(folder / told["file"]["exact"])
+        rows[made.name.removesuffix(suffix).removesuffix(".json")] = np.stack(list(clip.read()))
+    write_png(path, frame_strip(rows, f"{told['prompt']}, seed {told['seed']}", 5))
 
 
 def main() -> None:
@@ -137,6 +159,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, allow_nan=False)
     (RESULTS / f"{args.model.name}.json").write_text(text + "\n")
+    draw_strip(place, args.densities[0], RESULTS / f"{args.model.name}-strip.png")
 
 
 if __name__ == "__main__":
