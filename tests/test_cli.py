@@ -581,7 +581,7 @@ def test_the_speed_up_is_said_plainly(total, words):
         "environment": {"device": "cpu"},
         "density": {"sparse_call_count": 4},
         "quality": None,
-        "arms": {"sparse": {"dense_against_the_strategy": {"a [mask]": 3}}},
+        "arms": {"sparse": {"dense_against_the_strategy": {"a [mask]": 3}, "guarantee": None}},
         "repeat": {"identical": False, "largest_difference": 2},
     }
     said = "\n".join(receipt._verdict(result))
