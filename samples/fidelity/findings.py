@@ -5,8 +5,9 @@ FINDINGS: dict[str, str] = {
     "wan-tiny": """
 Pair by pair, the mix has a higher PSNR than each single method in at least 9 of the 10 pairs
 (the difference's median is 4.0 dB against blade and 4.2 against svg2), and better SSIM and
-LPIPS in at least 7 of 10 against blade, 8 of 10 against every other. One pair turns against it:
-the red circle with seed 1001 has 21.8 dB, where svg2 has 25.1. All of this is at equal density,
+LPIPS in at least 7 of 10 against blade, 8 of 10 against every other. Two pairs turn against it:
+the red circle with seed 1001 has 21.8 dB, where svg2 has 25.1 and four others 22 to 25; the
+blue square with seed 1000 has 29.9, where blade has 31.9. All of this is at equal density,
 **not at equal time**: much of the mix is svg2, whose clustering costs more on this CPU than it
 saves at 2304 tokens. A search for time (`--target`, `--budget`) takes other methods
 ([profiler](../profiler.md)).
