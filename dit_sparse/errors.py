@@ -11,6 +11,7 @@ __all__ = [
     "GeometryError",
     "KernelError",
     "PlanError",
+    "PromptsError",
     "StrategyError",
     "UnsupportedError",
 ]
@@ -26,6 +27,10 @@ class PlanError(DitSparseError, ValueError):
 
 class StrategyError(DitSparseError, ValueError):
     """A strategy file, its name or its content cannot be used."""
+
+
+class PromptsError(DitSparseError, ValueError):
+    """A file of prompts cannot be read."""
 
 
 class AttachError(DitSparseError, RuntimeError):

@@ -22,8 +22,8 @@ import dit_sparse
 from dit_sparse.cli import app, perform, receipt
 from dit_sparse.cli.console import UserError
 from dit_sparse.cli.folder import plain, staged
-from dit_sparse.cli.generate import key_values
 from dit_sparse.cli.methods import arguments
+from dit_sparse.cli.options import key_values
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.strategy import Strategy, shipped_names
 from dit_sparse.video import as_uint8
@@ -239,6 +239,7 @@ def image_model(wan, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "pixart"
     whole.save_pretrained(folder)
     sizes = {"width": PNG_SIZE[0], "height": PNG_SIZE[1], "num_inference_steps": 2}
+    sizes["call"] = {"use_resolution_binning": False, "clean_caption": False}
     (folder / "sample_defaults.json").write_text(json.dumps(sizes))
     return folder
 
@@ -262,6 +263,21 @@ def test_an_image_model_gives_pngs(image_model, tmp_path):
         run("generate", image_model, "x", *SPARSE, "-o", tmp_path / "b", "--frames", 9),
         "PixArtSigmaPipeline takes no --frames",
     )
+
+
+def test_a_call_takes_the_pipelines_other_arguments(image_model, tmp_path):
+    command = ("generate", image_model, "red", *SPARSE, "--probe", "0", "-o", tmp_path / "a")
+    assert run(*command, "--call", "max_sequence_length=32").exit_code == 0
+    told = strict(tmp_path / "a" / "result.json")["request"]["settings"]
+    asked = {"max_sequence_length": 32, "use_resolution_binning": False, "clean_caption": False}
+    assert asked.items() <= told.items()
+    for pair, words in {
+        "sharpness=2": "PixArtSigmaPipeline takes no --call sharpness",
+        "height=64": "--call height: --height sets it",
+        "output_type=pil": "--call output_type: dit-sparse sets it itself",
+        "sharpness": "wanted KEY=VALUE, as in true_cfg_scale=4",
+    }.items():
+        refused(run(*command[:-1], tmp_path / "b", "--call", pair), words)
 
 
 def _folder(files):
@@ -544,11 +560,15 @@ def test_version():
 
 
 def test_values_of_set_are_json_or_text():
-    found = key_values(["a=1", "b=0.5", "c=[1, 2]", "d=released", "e=true", "f=x=y", "g="])
+    found = key_values(
+        "--set", ["a=1", "b=0.5", "c=[1, 2]", "d=released", "e=true", "f=x=y", "g="]
+    )
     wanted = {"a": 1, "b": 0.5, "c": [1, 2], "d": "released", "e": True, "f": "x=y", "g": ""}
     assert found == wanted
     with pytest.raises(UserError, match="wanted KEY=VALUE"):
-        key_values(["=1"])
+        key_values("--set", ["=1"])
+    with pytest.raises(UserError, match="--call a: given twice"):
+        key_values("--call", ["a=1", "a=2"])
 
 
 def test_numbers_that_json_has_no_word_for_become_null():

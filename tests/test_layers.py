@@ -41,7 +41,7 @@ LAYERS = {
     "forecast": Layer(("forecast",), ("strategy", "backends", "pipelines")),
     "report": Layer(("report", "probe"), ("ops", "reference")),
     "strategy": Layer(
-        ("strategy", "strategy_form", "strategy_io", "schedule", "profiles", "weights"),
+        ("strategy", "strategy_form", "strategy_io", "hub", "schedule", "profiles", "weights"),
         ("methods",),
     ),
     "pipelines": Layer(("pipelines",), ("grid",)),  # an adapter never sees a method
@@ -53,7 +53,7 @@ LAYERS = {
     "call": Layer(("call",), ("plan",)),
     "plan": Layer(("plan", "plan_io", "tiles", "nbytes"), ("grid",)),
     "grid": Layer(("grid", "synthetic"), ("base",)),
-    "base": Layer(("errors", "_version"), ()),
+    "base": Layer(("errors", "prompts", "_version"), ()),
 }
 
 # Who may import what is not ours; anyone, where a name is not here.

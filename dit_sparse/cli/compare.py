@@ -123,14 +123,11 @@ def run(
     Clips are read frame by frame, so length does not matter. Exit code 0: no gate failed; 1: one
     did; 2: the clips cannot be read or do not fit each other.
     """
-    import torch
-
+    from dit_sparse.cli.source import machine
     from dit_sparse.quality.compare import compare
     from dit_sparse.quality.report import check_folder, write_comparison
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UserError(f"--device cuda: this torch ({torch.__version__}) sees no GPU")
+    where, _ = machine(device, "auto")
     check_folder(output, overwrite=overwrite)
     with progress() as bars:
         task = bars.add_task("comparing", total=None)
@@ -143,7 +140,7 @@ def run(
             align=align,
             every=every,
             max_frames=max_frames,
-            device="cuda" if device != "cpu" and there else "cpu",
+            device=where,
             weights=named_paths(lpips_weights, "--lpips-weights", ("alex", "vgg", "dists")),
             features=named_paths(features, "--features", ("dino", "clip")),
             fps=fps,

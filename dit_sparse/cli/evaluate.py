@@ -9,6 +9,22 @@ from typing import Annotated, Literal
 import typer
 
 from dit_sparse.cli.console import Debug
+from dit_sparse.cli.options import (
+    WHAT,
+    Call,
+    Device,
+    Dtype,
+    Fps,
+    Frames,
+    GuidanceScale,
+    Height,
+    Kernel,
+    NegativePrompt,
+    Steps,
+    Threads,
+    Width,
+    key_values,
+)
 
 EXAMPLES = (
     (
@@ -20,8 +36,6 @@ EXAMPLES = (
         "--prompts prompts.txt --seeds 0,1 -o out --gate psnr>=22,lpips_alex<=0.2"
     ),
 )
-WHAT = {"rich_help_panel": "What to generate"}
-HOW = {"rich_help_panel": "How to run"}
 MEASURE = {"rich_help_panel": "What to measure"}
 
 
@@ -63,45 +77,14 @@ def run(
         typer.Option(help="A prompt; may be given several times.", show_default="none", **WHAT),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.", **WHAT)] = "0",
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=10_000, help="Denoising steps.", show_default="the model's", **WHAT
-        ),
-    ] = None,
-    height: Annotated[
-        int | None,
-        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=10_000, help="Frames of a video.", show_default="the model's", **WHAT
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, help="Classifier-free guidance.", show_default="the model's", **WHAT
-        ),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What not to show.", show_default="the model's", **WHAT)
-    ] = None,
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1,
-            max=240.0,
-            help="Frames per second of the files.",
-            show_default="the model's, or 16",
-            **WHAT,
-        ),
-    ] = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    call: Call = None,
+    fps: Fps = None,
     floor: Annotated[
         Literal["math", "efficient", "flash", "cudnn", "off"],
         typer.Option(
@@ -132,28 +115,10 @@ def run(
     every: Annotated[
         int, typer.Option(min=1, help="Costly rows look at every so many frames.", **MEASURE)
     ] = 1,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option(help="auto: the GPU where there is one.", **HOW),
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            help="Precision of the model; auto: float32 on the CPU, bfloat16 on a GPU.", **HOW
-        ),
-    ] = "auto",
-    kernel: Annotated[
-        str | None,
-        typer.Option(
-            help="Attention kernel to use; one that cannot run here is an error.",
-            show_default="the best that can run",
-            **HOW,
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kernel: Kernel = None,
+    threads: Threads = None,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -180,7 +145,15 @@ def run(
             prompts=prompts,
             prompt=tuple(prompt or ()),
             seeds=seeds,
-            settings=Settings(height, width, frames, steps, guidance_scale, negative_prompt),
+            settings=Settings(
+                height,
+                width,
+                frames,
+                steps,
+                guidance_scale,
+                negative_prompt,
+                key_values("--call", call),
+            ),
             fps=fps,
             floor=None if floor == "off" else floor,
             metrics=words(metrics),

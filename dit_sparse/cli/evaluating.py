@@ -15,6 +15,8 @@ from dit_sparse import Strategy, enable
 from dit_sparse.backends import Backends
 from dit_sparse.cli.console import OUT, UserError, progress, say
 from dit_sparse.cli.making import Maker, weights_hash
+from dit_sparse.cli.options import read_seeds
+from dit_sparse.cli.prompts import of_file
 from dit_sparse.cli.source import (
     DEFAULT_FPS,
     SampleDefaults,
@@ -150,25 +152,11 @@ def read_strategies(names: tuple[str, ...]) -> dict[str, Strategy]:
 
 def read_prompts(wish: Wish) -> tuple[str, ...]:
     """Put the prompts of the file and of the command line together."""
-    lines: list[str] = []
-    if wish.prompts is not None:
-        try:
-            text = wish.prompts.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {wish.prompts}: cannot be read: {error}") from error
-        lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    found = tuple(line for line in (*lines, *(p.strip() for p in wish.prompt)) if line)
+    lines = () if wish.prompts is None else of_file(wish.prompts)
+    found = (*lines, *(text for each in wish.prompt if (text := each.strip())))
     if not found:
         raise UserError("no prompts: give --prompts FILE, one a line, or --prompt TEXT")
     return found
-
-
-def read_seeds(text: str) -> tuple[int, ...]:
-    """Read ``0,1,5``."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
-        raise UserError(f"--seeds {text!r:.100}: wanted whole numbers with commas, as in 0,1,2")
-    return tuple(map(int, parts))
 
 
 def summed_up(setup: Setup, place: Store, gates: tuple[str, ...]) -> Summary:

@@ -3,13 +3,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
-from dit_sparse.cli.console import Debug, UserError
+from dit_sparse.cli.console import Debug
+from dit_sparse.cli.options import (
+    HOW,
+    WHAT,
+    Call,
+    Device,
+    Dtype,
+    Fps,
+    Frames,
+    GuidanceScale,
+    Height,
+    Kernel,
+    NegativePrompt,
+    Steps,
+    Threads,
+    Width,
+    key_values,
+)
 
 EXAMPLES = (
     (
@@ -21,9 +37,6 @@ EXAMPLES = (
         "--set decay_factor=0.5 --set dense_warmup_steps=0.2 --frames 81 -o out"
     ),
 )
-
-WHAT = {"rich_help_panel": "What to generate"}
-HOW = {"rich_help_panel": "How to run"}
 
 
 def run(
@@ -69,70 +82,20 @@ def run(
             "or plain text. May be given several times.",
         ),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=10_000, help="Denoising steps.", show_default="the model's", **WHAT
-        ),
-    ] = None,
-    height: Annotated[
-        int | None,
-        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=10_000, help="Frames of a video.", show_default="the model's", **WHAT
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Classifier-free guidance; above 1 most models run twice a step.",
-            show_default="the model's",
-            **WHAT,
-        ),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What not to show.", show_default="the model's", **WHAT)
-    ] = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    call: Call = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.", **WHAT)
     ] = 0,
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1,
-            max=240.0,
-            help="Frames per second of the mp4.",
-            show_default="the model's, or 16",
-            **WHAT,
-        ),
-    ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option(help="auto: the GPU where there is one.", **HOW),
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            help="Precision of the model; auto: float32 on the CPU, bfloat16 on a GPU.", **HOW
-        ),
-    ] = "auto",
-    kernel: Annotated[
-        str | None,
-        typer.Option(
-            help="Attention kernel to use; one that cannot run here is an error, no other is "
-            "tried. 'dit-sparse doctor' lists them.",
-            show_default="the best that can run",
-            **HOW,
-        ),
-    ] = None,
+    fps: Fps = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kernel: Kernel = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -163,10 +126,7 @@ def run(
             **HOW,
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
-    ] = None,
+    threads: Threads = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")
     ] = False,
@@ -186,8 +146,16 @@ def run(
             prompt=prompt,
             strategy=strategy,
             output=output,
-            options=key_values(options or []),
-            settings=Settings(height, width, frames, steps, guidance_scale, negative_prompt),
+            options=key_values("--set", options),
+            settings=Settings(
+                height,
+                width,
+                frames,
+                steps,
+                guidance_scale,
+                negative_prompt,
+                key_values("--call", call),
+            ),
             compare_dense=compare_dense,
             seed=seed,
             fps=fps,
@@ -211,19 +179,3 @@ def number_or_word(text: str | None) -> float | str | None:
         return float(text)
     except ValueError:
         return text
-
-
-def key_values(pairs: list[str]) -> dict[str, Any]:
-    """Read ``key=value`` pairs: values are JSON where they are valid JSON, else text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (equals and key.isidentifier()):
-            raise UserError(f"--set {pair!r:.200}: wanted KEY=VALUE, as in decay_factor=0.5")
-        if key in found:
-            raise UserError(f"--set {key}: given twice")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found

@@ -98,6 +98,16 @@ def run(
     height: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
     width: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
     frames: Annotated[int | None, typer.Option(min=1, max=10_000, help="Frames.", **SIZE)] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--call",
+            metavar="KEY=VALUE",
+            help="Another argument of the pipeline's call, as in true_cfg_scale=4.",
+            show_default="the model's",
+            **SIZE,
+        ),
+    ] = None,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
     """Show a strategy as a map of layers, heads and step bands, or a model's own attention.
@@ -106,9 +116,9 @@ def run(
     published strategy has no errors, one that was profiled here has them beside it. A click on a
     head shows the blocks it keeps, its candidates, and with --model its attention map.
     """
-    from dit_sparse.cli.generate import key_values
     from dit_sparse.cli.inspect_heads import Asked, draw_heads
     from dit_sparse.cli.inspect_map import draw_model, draw_strategy
+    from dit_sparse.cli.options import key_values
     from dit_sparse.cli.shape import load_strategy
 
     names = list(strategies or [])
@@ -118,7 +128,7 @@ def run(
         model, names = names[0], []
     asked = Asked(
         model, prompt, grid, text_first, heads, head_dim, layers, layer, step, steps, token, seed,
-        (height, width, frames), bands,
+        (height, width, frames), bands, key_values("--call", call),
     )  # fmt: skip
     kind = _check_output(output)
     if not names and model is None:
@@ -129,7 +139,7 @@ def run(
         raise UserError("--set is for one strategy; several are drawn as they are")
     found = [load_strategy(name) for name in names]
     if options:
-        found = [(found[0][0].with_options(**key_values(options)), found[0][1])]
+        found = [(found[0][0].with_options(**key_values("--set", options)), found[0][1])]
     if not found:
         draw_model(asked, output)
     elif kind == ".png" and (grid is not None or model is not None):

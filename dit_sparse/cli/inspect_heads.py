@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.cli.console import OUT, UserError, progress
@@ -39,6 +39,7 @@ class Asked:
         seed: Of the noise, or of made-up content.
         size: Pixels and frames of a run, by the pipeline's names.
         bands: Of the map of a model.
+        call: Other arguments of the pipeline's call.
     """
 
     model: str | None = None
@@ -55,6 +56,7 @@ class Asked:
     seed: int = 0
     size: tuple[int | None, int | None, int | None] = (None, None, None)
     bands: int = 3
+    call: dict[str, Any] = field(default_factory=dict)
 
 
 def draw_heads(asked: Asked, strategies: list[Strategy], output: Path) -> None:
@@ -103,7 +105,7 @@ def prepare(asked: Asked, steps: int | None = None) -> tuple[Any, dict[str, Any]
     defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
     height, width, frames = asked.size
     settings: dict[str, Any] = Settings(
-        height, width, frames, num_inference_steps=asked.steps or steps
+        height, width, frames, num_inference_steps=asked.steps or steps, call=asked.call
     ).over(defaults)
     there = torch.cuda.is_available()
     pipe = load(

@@ -6,12 +6,27 @@ Past 300 lines, as the options and their help alone are 170.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dit_sparse.cli.console import ERR, Debug, UserError, say
+from dit_sparse.cli.options import (
+    Call,
+    Device,
+    Dtype,
+    Frames,
+    GuidanceScale,
+    Height,
+    NegativePrompt,
+    Steps,
+    Threads,
+    Width,
+    key_values,
+    read_seeds,
+)
 from dit_sparse.cli.profile_shown import Shown, bars, show
 from dit_sparse.cli.prompts import PROMPTS, read_prompts
 
@@ -31,7 +46,6 @@ EXAMPLES = (
     "dit-sparse profile wan2.1-14b --prompts 4 --dry-run",
 )
 
-WHAT = {"rich_help_panel": "What to generate"}
 HOW = {"rich_help_panel": "How to measure"}
 
 
@@ -142,37 +156,16 @@ def run(
     state_limit: Annotated[
         float, typer.Option(min=0.001, help="GiB that candidates may remember.", **HOW)
     ] = 8.0,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, max=10_000, help="Steps.", show_default="the model's", **WHAT),
-    ] = None,
-    height: Annotated[
-        int | None,
-        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(min=1, max=10_000, help="Frames.", show_default="the model's", **WHAT),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Guidance.", show_default="the model's", **WHAT),
-    ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU if any.", **HOW)
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: float32 on the CPU, bfloat16 on a GPU.", **HOW),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=4096, help="CPU threads of torch.", show_default="torch's", **HOW),
-    ] = None,
+    steps: Steps = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    guidance_scale: GuidanceScale = None,
+    negative_prompt: NegativePrompt = None,
+    call: Call = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file.")
     ] = False,
@@ -192,7 +185,7 @@ def run(
     that serves the target or budget. Errors are measured on these prompts only.
     """
     texts = read_prompts(prompts)
-    numbers = _seeds(seeds)
+    numbers = read_seeds(seeds)
     rows = _rows(sample)
     if dry_run:
         from dit_sparse.cli.profile_ahead import tell
@@ -231,7 +224,10 @@ def run(
     where, kind = machine(device, dtype, state.local_process_index)
     pipe = load(model, where, kind)
     pipe.set_progress_bar_config(disable=True)
-    settings = Settings(height, width, frames, steps, guidance_scale).over(defaults)
+    asked = Settings(
+        height, width, frames, steps, guidance_scale, negative_prompt, key_values("--call", call)
+    )
+    settings = asked.over(defaults)
     arguments = call_arguments(pipe, texts[0], settings)
     arguments.pop("prompt")
     how = f"--sample {sample} --sequential {sequential}"
@@ -279,13 +275,6 @@ def check_output(output: Path, *, overwrite: bool) -> Path:
     return output.with_name(output.stem + ".measured")
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
-        raise UserError(f"--seeds {text!r:.100}: wanted whole numbers with commas, as in 0,1,2")
-    return tuple(map(int, parts))
-
-
 def _rows(text: str) -> int | None:
     if text in {"auto", "all"}:
         return None if text == "auto" else 0
@@ -317,19 +306,18 @@ def _command(
     settings: dict[str, Any],
 ) -> str:
     """Write the command as it can be given again; files by name, not by folder."""
+    from dit_sparse.cli.source import FLAGS
+
     limits = {"target": wish.target, "budget": wish.budget, "density": wish.density}
     limit = " ".join(f"--{key} {value:g}" for key, value in limits.items() if value is not None)
     if wish.rule != "time":
         limit = f"--rule {wish.rule} --loss {wish.loss} --lambda {wish.weight:g}"
         limit += f" --epsilon {wish.epsilon:g}"
-    sizes = {
-        "num_inference_steps": "--steps",
-        "height": "--height",
-        "width": "--width",
-        "num_frames": "--frames",
-        "guidance_scale": "--guidance-scale",
-    }
-    told = " ".join(f"{flag} {settings[key]}" for key, flag in sizes.items() if key in settings)
+    told = shlex.join(
+        part
+        for key, value in settings.items()
+        for part in ((FLAGS[key], f"{value}") if key in FLAGS else ("--call", f"{key}={value}"))
+    )
     bands = ",".join(f"{edge:g}" for edge in edges)
     return (
         f"dit-sparse profile {Path(model).name if Path(model).is_dir() else model} "

@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_sparse.cli.console import UserError
+from dit_sparse.errors import PromptsError
+from dit_sparse.prompts import read_prompt_file
 
 # Told apart by what moves and where, for models that are to show anything.
 PROMPTS = (
@@ -21,21 +23,20 @@ PROMPTS = (
 
 
 def read_prompts(text: str) -> tuple[str, ...]:
-    """Read a file of prompts, or take built-in ones; ``#`` starts a comment."""
+    """Read a file of prompts, or take built-in ones."""
     if text.isascii() and text.isdigit():
         if not 1 <= int(text) <= len(PROMPTS):
             raise UserError(f"--prompts {text}: there are 1 to {len(PROMPTS)} built-in prompts")
         return PROMPTS[: int(text)]
-    try:
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {text}: not UTF-8 text") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompts {text:.200}: cannot be read: {reason}") from error
-    found = [line.partition("#")[0].strip() for line in lines]
-    if any("\0" in line for line in found):
-        raise UserError(f"--prompts {text}: not a text file")
-    if not any(found):
+    found = of_file(Path(text))
+    if not found:
         raise UserError(f"--prompts {text}: holds no prompt; write one a line")
-    return tuple(line for line in found if line)
+    return found
+
+
+def of_file(path: Path) -> tuple[str, ...]:
+    """Read a file's prompts; an error names the option."""
+    try:
+        return read_prompt_file(path)
+    except PromptsError as error:
+        raise UserError(f"--prompts {error}") from error

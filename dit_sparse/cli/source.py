@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,19 @@ FLAGS = {
     "guidance_scale": "--guidance-scale",
     "negative_prompt": "--negative-prompt",
 }
+OURS = (  # arguments of a call that the commands set
+    "prompt",
+    "prompt_2",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "callback",
+    "callback_on_step_end",
+    "prompt_embeds",
+)
 
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
@@ -51,6 +64,7 @@ class SampleDefaults(BaseModel):
         guidance_scale: Classifier-free guidance, from 0.
         negative_prompt: What guidance leads away from.
         fps: Frames per second of the files for people, above 0, to 240.
+        call: Other arguments of the pipeline's call, such as ``{"true_cfg_scale": 4.0}``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -62,6 +76,7 @@ class SampleDefaults(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     negative_prompt: str | None = None
     fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    call: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> SampleDefaults:
@@ -90,12 +105,18 @@ class Settings:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)  # other arguments of the pipeline's call
 
     def over(self, defaults: SampleDefaults) -> dict[str, Any]:
         """Give what is set, the person's word before the folder's."""
         asked = {key: value for key, value in asdict(self).items() if value is not None}
         given = defaults.model_dump(exclude={"fps"}, exclude_none=True)
-        return {**given, **asked}
+        others = {**given.pop("call"), **asked.pop("call")}
+        for key in others:
+            if key in FLAGS or key in OURS:
+                instead = f"{FLAGS[key]} sets it" if key in FLAGS else "dit-sparse sets it itself"
+                raise UserError(f"--call {key}: {instead}")
+        return {**given, **asked, **others}
 
 
 def local_folder(model: str) -> Path | None:
@@ -184,7 +205,8 @@ def call_arguments(pipe: Any, prompt: str, settings: dict[str, Any]) -> dict[str
         )
     for key in settings:
         if key not in takes:
-            raise UserError(f"{name} takes no {FLAGS[key]} ({key})")
+            flag = f"{FLAGS[key]} ({key})" if key in FLAGS else f"--call {key}"
+            raise UserError(f"{name} takes no {flag}")
     for part in ("tokenizer", "text_encoder"):
         if part in pipe.components and pipe.components[part] is None:
             raise UserError(f"{name} was saved without its {part}: it cannot read a prompt")
@@ -195,4 +217,4 @@ def effective(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Add the pipeline's own defaults: what the call will really use, where that can be known."""
     takes = inspect.signature(pipe.__call__).parameters
     own = {key: takes[key].default for key in FLAGS if key in takes}
-    return {**own, **{key: value for key, value in arguments.items() if key in FLAGS}}
+    return {**own, **{key: value for key, value in arguments.items() if key != "prompt"}}

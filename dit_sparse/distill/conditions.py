@@ -14,6 +14,8 @@ import torch
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
 from dit_sparse.distill.record import Recording, record
+from dit_sparse.errors import PromptsError
+from dit_sparse.prompts import read_prompt_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,12 +60,11 @@ class Conditions:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a file of prompts, one a line; empty lines and lines after ``#`` do not count."""
+    """Read the config's file of prompts."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DistillError(f"data.prompts: {path}: cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        prompts = list(read_prompt_file(path))
+    except PromptsError as error:
+        raise DistillError(f"data.prompts: {error}") from error
     if not prompts:
         raise DistillError(f"data.prompts: {path}: has no prompts; wanted one a line")
     return prompts

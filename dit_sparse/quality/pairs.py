@@ -6,6 +6,7 @@ Frames are read as they come and never all held, so clips of any length can be m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Frame = NDArray[np.uint8]  # [height, width, 3]
 
 
-class Meter:
+class Meter(ABC):
     """Measures one thing over a pair of clips, a frame of each at a time.
 
     Class attributes: ``costly``, whether ``every`` thins its frames out.
@@ -31,15 +32,15 @@ class Meter:
 
     costly: ClassVar[bool] = False
 
+    @abstractmethod
     def update(self, dense: Frame, sparse: Frame) -> None:
         """Take the next frame of each, ``[height, width, 3]`` uint8, RGB."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> list[Scores]:
         """Give the rows; called once, after the last frame."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most meters hold nothing
         """Free what is held outside this process; also called after an exception."""
 
 

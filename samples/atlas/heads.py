@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_sparse.inspect.mass import SHARES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall
+    from dit_sparse.inspect.mass import HeadMass
 
 NEAR = 2  # latent rows and columns to either side that count as the same place
 STRIPE = 0.25  # share of the key tokens that the heaviest columns are
-BLOCK = 64  # tokens
+QUARTER = SHARES.index(0.25)
 ROWS = 512  # queries at a time
 
 # A role is named where a head has so much more of its mass there than uniform attention would.
@@ -80,8 +83,13 @@ def uniform_shares(call: AttentionCall) -> dict[str, float]:
     }
 
 
-def measure(call: AttentionCall) -> list[Head]:
-    """Measure all heads of a call, first sample; fp32, queries in pieces."""
+def measure(call: AttentionCall, masses: list[HeadMass]) -> list[Head]:
+    """Measure all heads of a call, first sample; fp32, queries in pieces.
+
+    Args:
+        call: All heads of one layer.
+        masses: Its block mass, from ``attention_mass``.
+    """
     near, same_frame = _places(call)
     uniform = uniform_shares(call)
     video = _video(call)
@@ -90,7 +98,7 @@ def measure(call: AttentionCall) -> list[Head]:
     for head in range(call.query.shape[2]):
         query = call.query[0, video, head].float()
         key, value = call.key[0, :, head].float(), call.value[0, :, head].float()
-        sums = torch.zeros(7, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         columns = torch.zeros(keys, dtype=torch.float64)
         outputs = []
         for start in range(0, len(query), ROWS):
@@ -100,24 +108,22 @@ def measure(call: AttentionCall) -> list[Head]:
             text = torch.ones(keys, dtype=torch.bool)
             text[video] = False
             entropy = -(weight * weight.clamp(min=1e-30).log()).sum()
-            top = _heaviest(weight)
             parts = [
                 (weight * (own & frame)).sum(),
                 (weight * (own & ~frame)).sum(),
                 (weight * frame).sum(),
                 weight[:, text].sum(),
                 entropy,
-                top,
             ]
-            sums[: len(parts)] += torch.stack(parts).double()
+            sums += torch.stack(parts).double()
             columns += weight.sum(0).double()
             outputs.append(weight @ value)
         output = torch.cat(outputs)
         mean = (output - value.mean(0)).norm() / output.norm().clamp(min=1e-30)
-        local, temporal, frame, text, entropy, top = (sums[:6] / len(query)).tolist()
+        local, temporal, frame, text, entropy = (sums / len(query)).tolist()
         stripe = columns.topk(round(STRIPE * keys)).values.sum().item() / len(query)
         shares = {
-            "top25": top,
+            "top25": masses[head].heaviest[QUARTER],
             "local": local,
             "temporal": temporal,
             "frame": frame,
@@ -160,16 +166,6 @@ def role(shares: dict[str, float], uniform: dict[str, float]) -> str:
     if gained("stripe") >= STRIPED:
         return "stripe"
     return "sharp" if shares["top25"] >= SHARP else "diffuse"
-
-
-def _heaviest(weight: Tensor) -> Tensor:
-    """Sum over queries the mass of the heaviest quarter of key blocks, chosen per query block."""
-    rows, keys = weight.shape
-    blocks = -(-keys // BLOCK)
-    padded = torch.zeros(-(-rows // BLOCK) * BLOCK, blocks * BLOCK)
-    padded[:rows, :keys] = weight
-    pooled = padded.view(-1, BLOCK, blocks, BLOCK).sum((1, 3))
-    return pooled.topk(max(1, round(0.25 * blocks)), dim=-1).values.sum()
 
 
 def _video(call: AttentionCall) -> Tensor:

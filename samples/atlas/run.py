@@ -20,24 +20,24 @@ from heads import Head, measure, uniform_shares
 
 from dit_sparse import Strategy
 from dit_sparse.backends import Backends
+from dit_sparse.cli.source import SampleDefaults, Settings
 from dit_sparse.inspect.mass import attention_mass
 from dit_sparse.inspect.observe import observe_run
 from dit_sparse.profiler.capture import call_of
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "fidelity"))
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from models import MODELS
 
-SAMPLES = Path(__file__).parents[1]
-RESULTS = SAMPLES.parent / "docs" / "benchmarks" / "atlas"
-SETTINGS = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "atlas"
 ROLES = ("diagonal", "multi-diagonal", "frame", "stripe", "sharp", "diffuse", "skippable")
 
 
 class Watch:
     """Measures calls as they come, and keeps the map of one head per role."""
 
-    def __init__(self, *, maps: bool) -> None:
-        self.maps_wanted = maps
+    def __init__(self) -> None:
         self.found: dict[str, list[Any]] = {}
         self.uniform: dict[str, float] = {}
         self.grid: list[int] = []
@@ -45,18 +45,16 @@ class Watch:
 
     def __call__(self, call: Any, plan: Any, method: str) -> None:  # noqa: ARG002, the seam's form
         """Measure one call."""
-        heads: list[Head] = measure(call)
+        masses = attention_mass(call, Backends())
+        heads: list[Head] = measure(call, masses)
         self.uniform = self.uniform or uniform_shares(call)
         grid = call.grid
         self.grid = [grid.frames, grid.height, grid.width, grid.text_length]
         told = [head.to_dict() for head in heads]
         self.found.setdefault(str(call.step), []).append({"layer": call.layer, "heads": told})
-        new = {head.role for head in heads} - set(self.maps)
-        if self.maps_wanted and new:
-            masses = attention_mass(call, Backends())
-            for number, (head, mass) in enumerate(zip(heads, masses, strict=True)):
-                name = f"layer {call.layer} head {number}, step {call.step}"
-                self.maps.setdefault(head.role, (name, mass.map))
+        for number, (head, mass) in enumerate(zip(heads, masses, strict=True)):
+            name = f"layer {call.layer} head {number}, step {call.step}"
+            self.maps.setdefault(head.role, (name, mass.map))
 
 
 def draw(maps: dict[str, tuple[str, Any]], path: Path) -> None:
@@ -82,19 +80,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    prompts = json.loads((SAMPLES / "fidelity" / "prompts.json").read_text())
-    prompt = prompts[args.model.name]["held_out"][0]
-    told = json.loads((args.model / "sample_defaults.json").read_text())
-    call = {key: told[key] for key in SETTINGS if key in told}
-    call |= {"num_inference_steps": args.steps, "prompt": prompt}
+    prompt = MODELS[args.model.name].held_out[0]
+    settings = Settings(num_inference_steps=args.steps)
+    call = settings.over(SampleDefaults.read(args.model)) | {"prompt": prompt}
     steps = {0, args.steps // 2, args.steps - 1}
     pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    trained = Watch(maps=True)
+    trained = Watch()
     observe_run(pipe, Strategy.single("dense"), call_of(pipe, call, 0), steps, trained)
     torch.manual_seed(0)
     pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config).eval()
-    random = Watch(maps=False)
+    random = Watch()
     observe_run(pipe, Strategy.single("dense"), call_of(pipe, call, 0), steps, random)
     RESULTS.mkdir(parents=True, exist_ok=True)
     draw(trained.maps, RESULTS / f"{args.model.name}-maps.png")

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from arms import KNOBS, TOLERANCE, Maker
-from reading import reader_of
+from models import MODELS
 
+from dit_sparse.cli.source import SampleDefaults, Settings
 from dit_sparse.quality.clips import open_clip
 from dit_sparse.video import frame_strip, write_png
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "fidelity"
 METRICS = "psnr,ssim,lpips_alex,motion_ratio,sharpness_ratio"
-SETTINGS = ("height", "width", "num_frames", "guidance_scale", "true_cfg_scale")
 
 
 def read_arguments() -> argparse.Namespace:
@@ -44,13 +44,14 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def call_settings(model: Path, steps: int) -> dict[str, Any]:
+def settings_of(model: Path, steps: int) -> dict[str, Any]:
     """Give the settings of every call: the model's own, with another number of steps."""
-    told = json.loads((model / "sample_defaults.json").read_text())
-    return {key: told[key] for key in SETTINGS if key in told} | {"num_inference_steps": steps}
+    return Settings(num_inference_steps=steps).over(SampleDefaults.read(model))
 
 
-def make_strategies(args: argparse.Namespace, prompts: list[str], folder: Path) -> dict[str, str]:
+def make_strategies(
+    args: argparse.Namespace, prompts: tuple[str, ...], folder: Path
+) -> dict[str, str]:
     """Write one file per method and density; those that are there stay.
 
     Returns:
@@ -61,8 +62,8 @@ def make_strategies(args: argparse.Namespace, prompts: list[str], folder: Path) 
     missing: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     maker = Maker(
         args.model,
-        call_settings(args.model, args.steps),
-        tuple(prompts[: args.calibration]),
+        settings_of(args.model, args.steps),
+        prompts[: args.calibration],
         folder.parent / "measured",
     )
     for density in args.densities:
@@ -80,7 +81,7 @@ def make_strategies(args: argparse.Namespace, prompts: list[str], folder: Path) 
     return missing
 
 
-def evaluate(args: argparse.Namespace, prompts: list[str], strategies: list[Path]) -> Path:
+def evaluate(args: argparse.Namespace, prompts: tuple[str, ...], strategies: list[Path]) -> Path:
     """Let the quality checks generate and compare; returns their folder."""
     place = args.output / args.model.name / "evaluation"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def evaluate(args: argparse.Namespace, prompts: list[str], strategies: list[Path
 def collect(args: argparse.Namespace, place: Path, missing: dict[str, str]) -> dict[str, Any]:
     """Put every pair's numbers and the checker's readings together."""
     told = json.loads((place / "report.json").read_text())
-    read = reader_of(args.model.name)
+    read = MODELS[args.model.name].read
     arms: dict[str, list[dict[str, Any]]] = {}
     for folder in sorted((place / "pairs").iterdir()):
         for path in sorted(folder.glob("*.json")):
@@ -147,14 +148,14 @@ def main() -> None:
     """Do it all for one model."""
     args = read_arguments()
     torch.set_num_threads(args.threads)
-    prompts = json.loads((HERE / "prompts.json").read_text())[args.model.name]
+    prompts = MODELS[args.model.name]
     folder = args.output / args.model.name / "strategies"
-    missing = make_strategies(args, prompts["calibration"], folder)
+    missing = make_strategies(args, prompts.calibration, folder)
     if args.tune_only:
         return
     names = [f"{m}-{100 * d:g}" for d in args.densities for m in args.methods]
     files = [folder / f"{name}.json" for name in names if (folder / f"{name}.json").exists()]
-    place = evaluate(args, prompts["held_out"], files)
+    place = evaluate(args, prompts.held_out, files)
     found = collect(args, place, missing)
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, allow_nan=False)

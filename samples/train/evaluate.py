@@ -17,6 +17,7 @@ import torch
 from checker import check
 from data import Scene, full_caption, sample, short_caption
 from diffusers import DiffusionPipeline
+from families.base import call_settings
 from PIL import Image
 
 SEED = 400
@@ -84,9 +85,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     pipeline = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    settings = json.loads((args.pipeline / "sample_defaults.json").read_text())
-    del settings["fps"]
-    settings |= read_settings(args.set)
+    told = json.loads((args.pipeline / "sample_defaults.json").read_text())
+    settings = call_settings(told) | read_settings(args.set)
     with args.csv.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS)
         if file.tell() == 0:

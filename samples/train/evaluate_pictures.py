@@ -10,7 +10,6 @@ ends; pictures go to ``<number>.png`` beside it.
 
 import argparse
 import csv
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from captions import full_caption, short_caption
 from diffusers import DiffusionPipeline
+from evaluate import read_settings
+from families.base import call_settings
 from PIL import Image
 from read_scene import SceneReading, read_picture
 from scenes import World, picture_scene
@@ -33,25 +34,6 @@ def question(number: int) -> tuple[World, str, bool]:
     relation = number % 8 < 4
     write = short_caption if number % 4 > 1 else full_caption
     return world, write(world, relation=relation), relation
-
-
-def call_arguments(
-    pipeline: DiffusionPipeline, folder: Path, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Take the folder's own defaults and leave out what the pipeline does not know."""
-    settings: dict[str, Any] = json.loads(
-        (folder / "sample_defaults.json").read_text(encoding="utf-8")
-    )
-    known = inspect.signature(pipeline.__call__).parameters
-    if "true_cfg_scale" in known:  # FLUX: guidance by a second, empty prompt
-        settings |= {"true_cfg_scale": args.guidance, "negative_prompt": ""}
-    elif args.guidance is not None:
-        settings["guidance_scale"] = args.guidance
-    if "use_resolution_binning" in known:
-        settings |= {"use_resolution_binning": False, "clean_caption": False}
-    if args.steps is not None:
-        settings["num_inference_steps"] = args.steps
-    return settings
 
 
 def row_of(number: int, world: World, prompt: str, reading: SceneReading) -> dict[str, Any]:
@@ -95,8 +77,7 @@ def main() -> None:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("csv", type=Path, help="rows are appended")
     parser.add_argument("--pictures", type=int, default=50)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="of the call")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -104,7 +85,8 @@ def main() -> None:
         args.pipeline, torch_dtype=getattr(torch, args.dtype)
     )
     pipeline.set_progress_bar_config(disable=True)
-    settings = call_arguments(pipeline, args.pipeline, args)
+    told = json.loads((args.pipeline / "sample_defaults.json").read_text(encoding="utf-8"))
+    settings = call_settings(told) | read_settings(args.set)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("a+", newline="") as file:
         file.seek(0)

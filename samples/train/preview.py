@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from evaluate import read_settings
 from families import FAMILIES, make_family
+from families.base import call_settings
 from PIL import Image
 
 STRIP_FRAMES = 8
@@ -34,11 +35,10 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     rng = random.Random("preview")
     drawn = [family.example(rng.randrange(10**9, 2 * 10**9), 1, 16)[1] for _ in range(8)]
-    settings = dict(family.sample_defaults)
+    settings = call_settings(family.sample_defaults)
     settings |= read_settings(args.set) | {"height": pixels, "width": pixels}
     if frames > 1:
         settings["num_frames"] = frames
-    settings.pop("fps", None)
     rows = []
     for number, prompt in enumerate(args.prompts or [text for text in drawn if text][:4]):
         print(prompt, flush=True)

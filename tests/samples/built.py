@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+MAX_BYTES = 15_000_000
+SUFFIXES = {".json", ".safetensors", ".txt", ".md", ".png"}
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 
@@ -35,3 +37,16 @@ def _wake(folder: Path) -> None:
         if not param.detach().any():
             param.data.normal_(std=0.2, generator=random)
     pipe.transformer.half().save_pretrained(folder / "transformer")
+
+
+def assert_small(folder: Path, weights: int) -> None:
+    """Check that a folder is no larger than promised and holds data alone.
+
+    Args:
+        folder: Of the pipeline.
+        weights: Files of weights in it.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
+    assert {path.suffix for path in files} <= SUFFIXES
+    assert len([path for path in files if path.suffix == ".safetensors"]) == weights

@@ -2,47 +2,16 @@
 """The small CogVideoX model loads, is small, has the promised size and generates."""
 
 import random
-import sys
-from pathlib import Path
 
-import pytest
 import torch
-from diffusers import CogVideoXPipeline, DiffusionPipeline
+from diffusers import CogVideoXPipeline
 
 import dit_sparse
-from tests.samples.built import folder_of
+from tests.samples.built import assert_small
 
-SAMPLES = Path(__file__).parents[2] / "samples"
-MAX_BYTES = 15_000_000
+FAMILY = "cogvideox"
 TEXT_TOKENS = 226
 PROMPT = "a red circle moving right"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path():
-    path = str(SAMPLES / "train")
-    sys.path.insert(0, path)
-    yield
-    sys.path.remove(path)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return folder_of("cogvideox", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def family(_scripts_on_path):
-    from families import make_family
-
-    return make_family("cogvideox")
 
 
 def generate(pipeline, pixels=64, frames=9, steps=2, **settings):
@@ -64,10 +33,8 @@ def test_the_folder_is_a_plain_pipeline(pipeline):
     assert pipeline.scheduler.config.rescale_betas_zero_snr
 
 
-def test_the_folder_stays_small_and_holds_no_pickle(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
-    assert {path.suffix for path in files} <= {".json", ".md", ".png", ".safetensors"}
+def test_the_folder_is_small_and_holds_no_pickle(folder):
+    assert_small(folder, weights=3)
 
 
 def test_the_transformer_has_six_layers_of_four_heads(pipeline):

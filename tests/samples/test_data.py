@@ -3,7 +3,6 @@
 
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,6 @@ from hypothesis import strategies as st
 SAMPLES = Path(__file__).parents[2] / "samples"
 CHECKED_PICTURES, CHECKED_CLIPS = 24, 4
 INDICES = st.integers(0, 10**9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path():
-    path = str(SAMPLES / "train")
-    sys.path.insert(0, path)
-    yield
-    sys.path.remove(path)
 
 
 @given(index=INDICES, seed=st.integers(0, 1000))

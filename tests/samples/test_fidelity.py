@@ -11,7 +11,7 @@ from dit_sparse import enable
 from tests import tiny
 
 FIDELITY = Path(__file__).parents[2] / "samples" / "fidelity"
-MODULES = ("knobs", "arms", "page", "findings")
+MODULES = ("knobs", "arms", "models", "page", "findings")
 STEPS = 6
 
 
@@ -109,8 +109,25 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_prompts_to_calibrate_on_and_to_measure_on_are_apart():
-    told = json.loads((FIDELITY / "prompts.json").read_text())
-    for model, prompts in told.items():
-        assert (FIDELITY.parent / model / "model_index.json").exists()
-        assert len(prompts["held_out"]) >= 5
-        assert not {*prompts["held_out"]} & {*prompts["calibration"]}
+    from models import MODELS
+
+    assert {path.parent.name for path in FIDELITY.parent.glob("*/model_index.json")} <= {*MODELS}
+    for kind in MODELS.values():
+        assert len(kind.held_out) >= 5
+        assert not {*kind.held_out} & {*kind.calibration}
+
+
+@pytest.mark.parametrize("name", ["flux-tiny", "pixart-tiny"])
+def test_pictures_are_read_by_their_prompts(name, tmp_path):
+    from models import MODELS, SCENES
+    from PIL import Image
+    from render import draw
+
+    kind = MODELS[name]
+    drawn = [tmp_path / f"{number}.png" for number in range(len(kind.held_out))]
+    for prompt, path in zip(kind.held_out, drawn, strict=True):
+        pixels = (draw(SCENES[prompt][0], 1, 192)[:, 0] + 1) * 127.5
+        Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy()).save(path)
+    table = [[kind.read(prompt, path) for path in drawn] for prompt in kind.held_out]
+    assert all(row[number] for number, row in enumerate(table))
+    assert sum(map(sum, table)) == len(drawn)  # and no other prompt's

@@ -1,48 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small HunyuanVideo model loads, is small, has the promised size and generates."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from diffusers import DiffusionPipeline, HunyuanVideoPipeline
+from diffusers import HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
 import dit_sparse
-from tests.samples.built import folder_of
+from tests.samples.built import SAMPLES, assert_small
 
-SAMPLES = Path(__file__).parents[2] / "samples"
-MAX_BYTES = 15_000_000
+FAMILY = "hunyuan-video"
 TEXT_TOKENS = 256
 PROMPT = "a red circle moving right"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path():
-    path = str(SAMPLES / "train")
-    sys.path.insert(0, path)
-    yield
-    sys.path.remove(path)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return folder_of("hunyuan-video", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def family(_scripts_on_path):
-    from families import make_family
-
-    return make_family("hunyuan-video")
 
 
 def generate(pipeline, pixels=64, frames=9, steps=2, **settings):
@@ -63,10 +32,8 @@ def test_the_folder_is_a_plain_pipeline(pipeline):
     assert pipeline.transformer.config.guidance_embeds
 
 
-def test_the_folder_stays_small_and_holds_no_pickle(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
-    assert {path.suffix for path in files} <= {".json", ".md", ".png", ".safetensors"}
+def test_the_folder_is_small_and_holds_no_pickle(folder):
+    assert_small(folder, weights=4)
 
 
 def test_the_transformer_has_six_layers_of_four_heads(pipeline):

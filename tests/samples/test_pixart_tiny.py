@@ -2,39 +2,15 @@
 """The small PixArt model loads, is small, has the promised size and takes sparse attention."""
 
 import random
-import sys
-from pathlib import Path
 
-import pytest
 import torch
-from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline
 
 import dit_sparse
-from tests.samples.built import folder_of
+from tests.samples.built import assert_small
 
-SAMPLES = Path(__file__).parents[2] / "samples"
-MAX_BYTES = 15_000_000
+FAMILY = "pixart"
 PROMPT = "a red circle left of a blue square"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path():
-    path = str(SAMPLES / "train")
-    sys.path.insert(0, path)
-    yield
-    sys.path.remove(path)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return folder_of("pixart", tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def generate(pipeline, **changes):
@@ -58,10 +34,7 @@ def test_the_folder_is_a_plain_pixart_pipeline(pipeline):
 
 
 def test_the_folder_is_small_and_holds_no_pickle(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".md", ".png"}
-    assert len([path for path in files if path.suffix == ".safetensors"]) == 3
+    assert_small(folder, weights=3)
 
 
 def test_the_transformer_has_six_layers_of_four_heads(pipeline):

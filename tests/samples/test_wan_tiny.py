@@ -1,33 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped Wan model loads, is small, has the promised size, and its data and checker hold."""
 
-import sys
 from copy import deepcopy
-from pathlib import Path
 
-import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import WanPipeline
 
-SAMPLES = Path(__file__).parents[2] / "samples"
-FOLDER = SAMPLES / "wan-tiny"
-MAX_BYTES = 15_000_000
+from tests.samples.built import assert_small
+
+FAMILY = "wan"
 CHECKED_CLIPS = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts_on_path():
-    path = str(SAMPLES / "train")
-    sys.path.insert(0, path)
-    yield
-    sys.path.remove(path)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    pipeline = DiffusionPipeline.from_pretrained(FOLDER)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def test_the_folder_is_a_plain_wan_pipeline(pipeline):
@@ -36,9 +18,8 @@ def test_the_folder_is_a_plain_wan_pipeline(pipeline):
     assert pipeline.scheduler.config.flow_shift == 3.0
 
 
-def test_the_folder_stays_small():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= MAX_BYTES
-    assert not list(FOLDER.rglob("*.bin"))
+def test_the_folder_is_small_and_holds_no_pickle(folder):
+    assert_small(folder, weights=3)
 
 
 def test_the_transformer_has_six_layers_of_four_heads(pipeline):

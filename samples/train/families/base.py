@@ -11,6 +11,13 @@ from diffusers import DiffusionPipeline
 from objectives import Objective
 from torch import Tensor, nn
 
+
+def call_settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the settings of a pipeline's call that ``sample_defaults.json`` holds."""
+    own = {key: value for key, value in defaults.items() if key not in {"fps", "call"}}
+    return {**own, **defaults.get("call", {})}
+
+
 HALVES = {"decoder": ("decoder", "post_quant_conv"), "encoder": ("encoder", "quant_conv")}
 
 

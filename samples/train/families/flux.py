@@ -24,7 +24,13 @@ class Flux(PictureFamily):
     """What ``samples/flux-tiny`` is made with."""
 
     sample_defaults = MappingProxyType(
-        {"height": 384, "width": 384, "num_inference_steps": 20, "guidance_scale": 1.0}
+        {
+            "height": 384,
+            "width": 384,
+            "num_inference_steps": 20,
+            "negative_prompt": "",
+            "call": {"true_cfg_scale": 4.0},
+        }
     )
     objective = Flow()
     layer_lists = ("transformer_blocks", "single_transformer_blocks")

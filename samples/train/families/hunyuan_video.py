@@ -48,6 +48,7 @@ class HunyuanVideo(VideoFamily):
             "guidance_scale": GUIDANCE,
             "negative_prompt": "",
             "fps": 12,
+            "call": {"true_cfg_scale": 4.0},
         }
     )
     piece_sizes = ((1, 9), (1, 17))

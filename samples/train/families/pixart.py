@@ -44,7 +44,13 @@ class PixArt(PictureFamily):
     """What ``samples/pixart-tiny`` is made with."""
 
     sample_defaults = MappingProxyType(
-        {"height": 384, "width": 384, "num_inference_steps": 20, "guidance_scale": 2.0}
+        {
+            "height": 384,
+            "width": 384,
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,
+            "call": {"use_resolution_binning": False, "clean_caption": False},
+        }
     )
     objective: WeightedNoise
     adam_names = ("pos_embed", "proj_out", "scale_shift", "adaln_single")

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that several commands share: one meaning, one range, one help text."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dit_sparse.cli.console import UserError
+
+WHAT = {"rich_help_panel": "What to generate"}
+HOW = {"rich_help_panel": "How to run"}
+EXAMPLES = {"--set": "decay_factor=0.5", "--call": "true_cfg_scale=4"}
+
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=10_000,
+        help="Denoising steps.",
+        show_default="the model's",
+        **WHAT,
+    ),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(min=1, max=16384, help="Pixels.", show_default="the model's", **WHAT),
+]
+Width = Height
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=10_000,
+        help="Frames of a video.",
+        show_default="the model's",
+        **WHAT,
+    ),
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Classifier-free guidance; above 1 most models run twice a step.",
+        show_default="the model's",
+        **WHAT,
+    ),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(help="What not to show.", show_default="the model's", **WHAT),
+]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--call",
+        metavar="KEY=VALUE",
+        help="Another argument of the pipeline's call, as in true_cfg_scale=4; VALUE is JSON or "
+        "plain text. May be given several times.",
+        show_default="the model's",
+        **WHAT,
+    ),
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        max=240.0,
+        help="Frames per second of the files.",
+        show_default="the model's, or 16",
+        **WHAT,
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="auto: the GPU where there is one.", **HOW),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        help="Precision of the model; auto: float32 on the CPU, bfloat16 on a GPU.",
+        **HOW,
+    ),
+]
+Kernel = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention kernel to use; one that cannot run here is an error, no other is tried. "
+        "'dit-sparse doctor' lists them.",
+        show_default="the best that can run",
+        **HOW,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=4096,
+        help="CPU threads of torch.",
+        show_default="torch's",
+        **HOW,
+    ),
+]
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Read what ``--seeds`` names: ``0,1,5``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
+        raise UserError(f"--seeds {text!r:.100}: wanted whole numbers with commas, as in 0,1,2")
+    return tuple(map(int, parts))
+
+
+def key_values(flag: str, pairs: list[str] | None) -> dict[str, Any]:
+    """Read ``key=value`` pairs of a flag: values are JSON where they are valid JSON, else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise UserError(f"{flag} {pair!r:.200}: wanted KEY=VALUE, as in {EXAMPLES[flag]}")
+        if key in found:
+            raise UserError(f"{flag} {key}: given twice")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found

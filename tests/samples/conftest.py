@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of a family's sample pipeline share; a module names its family in ``FAMILY``."""
+
+import sys
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from tests.samples.built import SAMPLES, folder_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_path():
+    path = str(SAMPLES / "train")
+    sys.path.insert(0, path)
+    yield
+    sys.path.remove(path)
+
+
+@pytest.fixture(scope="module")
+def folder(request, tmp_path_factory):
+    return folder_of(request.module.FAMILY, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def family(request, scripts_on_path):
+    from families import make_family
+
+    return make_family(request.module.FAMILY)
