@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make ``docs/benchmarks/distillation.md``, its curves and strips from what ``run.py`` wrote.
+
+python samples/distillation/page.py [CLIPS]
+
+CLIPS is ``run.py``'s folder of clips; without it the strips stay as they are.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from findings import FINDINGS
+
+from dit_sparse.video import frame_strip, write_png
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "benchmarks" / "distillation"
+PAGE = RESULTS.with_suffix(".md")
+WORDS = ("colour", "shape", "motion", "right")
+WINDOW = 10  # iterations of the curves' running mean
+
+TEMPLATE = """\
+# Sparse step distillation on a small model
+
+A small model, trained for this repository, stands in for the real ones: the figures are its own.
+What is shown is that the training works and what it buys against no training at equal steps and
+density. `samples/distillation` has the configs and scripts; `distillation/*.json` every clip.
+
+- *passes*: of the transformer for one clip; guidance doubles them, students need none.
+- *right*: clips in which the checker reads colour, shape and motion as the prompt says; *overlap*:
+  of the shape's outline with the wanted one.
+- *PSNR, SSIM, LPIPS*: to the teacher's clip of the same prompt and noise. A student is not asked
+  to make that very clip, only one like it, so these say how near, not how good.
+- *time*: processor seconds of one clip on a shared CPU, decoding included.
+{% for model in models %}
+## {{ model.model }}
+
+{{ model.clips }} prompts, half of them of combinations that neither the model nor the students
+were trained on. Strategy: `{{ model.strategy }}`.
+
+| arm | steps | passes | density | right | colour | shape | motion | overlap | PSNR | SSIM | \
+LPIPS | sharpness | time |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+{% for row in model.rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+![losses](distillation/{{ model.model }}-curves.png)
+
+![one prompt, arm by arm](distillation/{{ model.model }}-strip.png)
+{{ model.findings }}
+{% endfor %}"""
+
+
+def number(value: float | None, form: str) -> str:
+    """Write a number, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def middle(rows: list[dict[str, Any]], key: str) -> float | None:
+    """Give the median of what is known."""
+    values = [row[key] for row in rows if row[key] is not None]
+    return median(values) if values else None
+
+
+def row_of(name: str, arm: dict[str, Any]) -> list[str]:
+    """Write an arm's row."""
+    rows = arm["rows"]
+    count = {word: sum(row[word] for row in rows) for word in WORDS}
+    same = name == "teacher"
+    cells = [name, str(arm["steps"]), str(arm["steps"] * (1 + arm["guided"]))]
+    cells.append(f"{mean(row['density'] for row in rows):.2f}")
+    cells += [f"**{count['right']}/{len(rows)}**"]
+    cells += [f"{count[word]}" for word in ("colour", "shape", "motion")]
+    cells.append(f"{mean(row['overlap'] for row in rows):.2f}")
+    for key, form in (("psnr", ".1f"), ("ssim", ".3f"), ("lpips_alex", ".3f")):
+        cells.append("-" if same else number(middle(rows, key), form))
+    cells.append(number(middle(rows, "sharpness_ratio"), ".2f"))
+    cells.append(f"{median(row['processor_seconds'] for row in rows):.1f}")
+    return cells
+
+
+def draw_curves(name: str) -> None:
+    """Draw both students' losses over iterations."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for student, colour in (("dense", "tab:gray"), ("sparse", "tab:blue")):
+        with (RESULTS / f"{name}-{student}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for axis, key in zip(axes, ("student_loss", "critic_loss"), strict=True):
+            values = np.array([float(row[key]) for row in rows])
+            steps = np.arange(1, len(values) + 1)
+            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
+            smooth = np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid")
+            axis.plot(steps[WINDOW - 1 :], smooth, color=colour, label=f"{student} student")
+            axis.set(title=key.replace("_", " "), xlabel="iteration")
+            axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / f"{name}-curves.png", dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_strip(name: str, clips: Path, arms: dict[str, Any], at: int = 3) -> None:
+    """Draw one prompt's clip of every arm."""
+    rows = {name: np.load(clips / arm["folder"] / f"{at:03}.npy") for name, arm in arms.items()}
+    prompt = arms["teacher"]["rows"][at]["prompt"]
+    write_png(RESULTS / f"{name}-strip.png", frame_strip(rows, f"{prompt}, seed {at}", 8))
+
+
+def model_of(path: Path, clips: Path | None) -> dict[str, Any]:
+    """Read one model's results and prepare its part."""
+    told: dict[str, Any] = json.loads(path.read_text())
+    draw_curves(told["model"])
+    if clips is not None:
+        draw_strip(told["model"], clips, told["arms"])
+    rows = [row_of(name, arm) for name, arm in told["arms"].items()]
+    return {**told, "rows": rows, "findings": FINDINGS.get(told["model"], "").strip()}
+
+
+def main() -> None:
+    """Write the page."""
+    clips = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    models = [model_of(path, clips) for path in sorted(RESULTS.glob("*.json"))]
+    environment = jinja2.Environment(autoescape=False)  # noqa: S701, Markdown from our own data
+    text = environment.from_string(TEMPLATE).render(models=models)
+    PAGE.write_text(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
