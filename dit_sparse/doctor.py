@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dit_sparse._version import __version__
-from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends, check_kernel
+from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
+from dit_sparse.canary import check_kernel
 from dit_sparse.pipelines import FAMILIES
 from dit_sparse.strategy_io import shipped_names
 

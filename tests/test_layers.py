@@ -47,7 +47,7 @@ LAYERS = {
     "pipelines": Layer(("pipelines",), ("grid",)),  # an adapter never sees a method
     "methods": Layer(("methods",), ("call",)),  # a method never sees a kernel
     "ops": Layer(("ops",), ("backends", "call")),
-    "backends": Layer(("backends",), ("kernels", "reference")),
+    "backends": Layer(("backends", "canary"), ("kernels", "reference")),
     "kernels": Layer(("kernels",), ("plan",)),  # a kernel never sees a model
     "reference": Layer(("kernels.reference",), ("plan",)),  # shares no arithmetic with a kernel
     "call": Layer(("call",), ("plan",)),

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from dit_sparse.backends import Backends, compare, exp_error
+from dit_sparse.backends import Backends, exp_error
 from dit_sparse.bench.result import Measurement
 from dit_sparse.bench.timing import Clock, alternate, dense_calls
+from dit_sparse.canary import compare
 from dit_sparse.errors import KernelError
 from dit_sparse.grid import BlockLayout
 from dit_sparse.plan import BlockPlan

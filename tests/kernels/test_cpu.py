@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import compare
 from dit_sparse.bench import measure_peak_memory
+from dit_sparse.canary import compare
 from dit_sparse.grid import BlockLayout, LatentsGrid
 from dit_sparse.kernels import cpu, cpu_mass, cpu_rows, reference
 from dit_sparse.kernels.cpu_rows import piece_length, pieces_of, rows_of, slots_of

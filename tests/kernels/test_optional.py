@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends, check_kernel, compare
+from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
+from dit_sparse.canary import check_kernel, compare
 from dit_sparse.errors import KernelError
 from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import cudnn, flashinfer, flex

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import _small_plan
+from dit_sparse.canary import small_plan
 from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import reference
 from dit_sparse.kernels.padded import padded, reasons_against_padding
@@ -58,4 +58,4 @@ def test_blocks_of_very_unequal_length_are_refused():
     (q, kv) = reasons_against_padding(plan, 64, 64)
     assert "41 of up to 60 tokens would be padded from 100 to 2624" in q
     assert "key blocks" in kv
-    assert reasons_against_padding(_small_plan(torch.device("cpu")), 64, 64) == []
+    assert reasons_against_padding(small_plan(torch.device("cpu")), 64, 64) == []

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dit_sparse import backends
-from dit_sparse.backends import Backends, check_lloyd
+from dit_sparse.backends import Backends
+from dit_sparse.canary import check_lloyd
 from dit_sparse.errors import KernelError
 from dit_sparse.kernels import triton_kmeans
 from dit_sparse.kernels.kmeans import kmeans
