@@ -4,6 +4,7 @@
 #   make test    the whole test suite            make check   format, lint, types, the fast tests
 #   make bench   kernel speed on this machine    make lint    format, lint, types
 #   make fidelity   what every method costs in quality on the small models (hours on a CPU)
+#   make docs    the documentation as a site, in outputs/site (index.html opens from the disk)
 #   make clean   remove the environment
 #
 # Each makes its own environment in .venv where there is none; it needs Python >= 3.10 and make.
@@ -24,11 +25,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fidelity clean
+.PHONY: help demo test check lint bench fidelity docs clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
@@ -57,6 +58,11 @@ fidelity: $(VENV)/.dev
 	done
 	@$(BIN)/python samples/fidelity/page.py
 	@$(BIN)/python samples/atlas/page.py
+
+# Strict: a link that leads nowhere, or a page that is in no menu, is an error.
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "outputs/site/index.html; with its search: $(BIN)/python -m http.server -d outputs/site"
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -90,4 +96,9 @@ $(VENV)/.use: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
 	@echo "Installing dit_sparse with its tests into $(VENV): the first time takes a minute or two"
 	@$(PIP) install -e ".[dev,quality,distill]"
+	@touch $@ $(VENV)/.use
+
+$(VENV)/.docs: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
+	@echo "Installing dit_sparse and what builds its site into $(VENV): it takes a minute or two"
+	@$(PIP) install -e ".[docs]"
 	@touch $@ $(VENV)/.use

@@ -10,7 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse._version import __version__
-from dit_sparse.apply import SparseAttention, current, disable, enable, report, sparse_attention
+from dit_sparse.apply import (
+    SparseAttention,
+    current,
+    disable,
+    enable,
+    refuse_exchange,
+    report,
+    sparse_attention,
+)
 from dit_sparse.errors import (
     AttachError,
     DitSparseError,
@@ -76,4 +84,4 @@ def profile(
     return search(pipe, prompts, **options)
 
 
-_install(enable, disable, current)
+_install(enable, disable, current, refuse_exchange)

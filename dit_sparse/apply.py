@@ -4,25 +4,31 @@
 Attaching is all or nothing; detaching leaves the model bit-identical, also after an exception in
 the middle of a generation. Enabling or disabling from a step callback is allowed: it takes effect
 at the next transformer pass, and the report says from which step on.
+
+Past 300 lines, as it is the one place that knows pipeline, engine and hooks at once.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dit_sparse.backends import Backends
 from dit_sparse.engine import SparseEngine, Stage
-from dit_sparse.errors import AttachError, UnsupportedError
+from dit_sparse.errors import AttachError, StrategyError, UnsupportedError
 from dit_sparse.guarantee import Guarantee
-from dit_sparse.pipelines import FAMILIES, family_of, hooks, unwrap
+from dit_sparse.pipelines import ALL, family_of, hooks, parallel, unwrap
+from dit_sparse.pipelines.attached import clear, sites_of
 from dit_sparse.pipelines.clock import Clock
+from dit_sparse.pipelines.family import heads_of
 from dit_sparse.pipelines.processors import SITE, adopt, derive, release, stock_class
+from dit_sparse.pipelines.shared_report import merged
 from dit_sparse.pipelines.site import Site
+from dit_sparse.pipelines.trained import trained_sparse
 from dit_sparse.strategy import Strategy, config_hash
 
 if TYPE_CHECKING:
@@ -58,24 +64,31 @@ class SparseAttention(SparseEngine):
     ) -> None:
         """Attach; see ``enable``."""
         bare = isinstance(target, nn.Module)
-        self._models = transformers_of(target)
-        stages, places = {}, []
-        for name, model in self._models.items():
-            if attached := [p for p, m in model.named_modules() if hasattr(m, SITE)]:
+        models = transformers_of(target)
+        # Weakly, like the sites: pipe.transformer = None frees the model.
+        self._models = weakref.WeakValueDictionary(models)
+        stages, places, heads = {}, [], {}
+        for name, model in models.items():
+            if attached := [p for p, site in sites_of(model) if site.alive]:
                 raise AttachError(
                     f"{name}.{attached[0]} already has sparse attention from another pipeline "
                     "that shares this transformer; disable it there first"
                 )
+            clear(model)  # what a pipeline that is gone left behind
             family = family_of(model)
             modules = family.attention_modules(model)
             stages[name] = Stage(name, family, len(modules))
+            heads[name] = heads_of(modules[0][1])
+            if (known := trained_sparse(model)) is not None:
+                warnings.warn(known, stacklevel=4)
+            parallel.check(model, heads[name], getattr(model, "_parallel_config", None))
             for layer, (path, module) in enumerate(modules):
                 derive(stock_class(module))  # raises before anything is changed
                 places.append((module, f"{name}.{path}", layer, name))
             for remark in strategy.validate_for(
                 type(model).__name__,
                 num_layers=len(modules),
-                num_heads=modules[0][1].heads,
+                num_heads=heads[name],
                 stages=tuple(self._models),
                 config_hash=config_hash(model.config),
             ):
@@ -89,20 +102,28 @@ class SparseAttention(SparseEngine):
         self.target_name = type(unwrap(target) if bare else target).__name__
         self.removed = False
         clock.start()
-        self._sites = []
-        for module, path, layer, name in places:
-            site = Site(self, module, path, layer, name)
-            setattr(module, SITE, site)
-            self._sites.append(site)
-        self.adopt()
-        for name, model in self._models.items():
-            hooks.attach(model, self, stages[name].family)
-        setattr(target, HANDLE, self)
+        self._sites: list[Site] = []
+        self._derived: weakref.WeakSet[Any] = weakref.WeakSet()
+        try:
+            for module, path, layer, name in places:
+                site = Site(self, module, path, layer, name)
+                setattr(module, SITE, site)
+                self._sites.append(site)
+            self.adopt()
+            for name, model in models.items():
+                hooks.attach(model, self, stages[name].family, heads[name])
+            setattr(target, HANDLE, self)
+        except BaseException:
+            self.remove()
+            raise
+        self.remark_on_sharing()
 
     def adopt(self) -> None:
         """Give newly set processors their derived class (fused QKV, adapters set since)."""
         for site in self._sites:
-            adopt(site.module)
+            with suppress(ReferenceError):  # one of two transformers may have been freed
+                if adopt(site.module):
+                    self._derived.add(site.module.processor)
 
     def at(self, step: int, num_steps: int, branch: str = "cond") -> None:
         """Tell the time by hand, for a loop around a bare transformer.
@@ -117,6 +138,27 @@ class SparseAttention(SparseEngine):
             raise ValueError(f"step must lie in [0, num_steps = {num_steps}), got {step}")
         self.clock.fixed = (step, num_steps, branch)
 
+    def remark_on_sharing(self) -> None:
+        """Warn where the strategy does otherwise on several processes than on one."""
+        shared = [getattr(m, "_parallel_config", None) for m in self._models.values()]
+        if any(each is not None for each in shared):
+            for remark in parallel.remarks(self.strategy):
+                warnings.warn(remark, stacklevel=4)
+
+    def merged_report(self) -> Report:
+        """Report on all heads where several processes share them; all must call it together.
+
+        In a generation's report each process tells of its own heads.
+        """
+        shared = [getattr(m, "_parallel_config", None) for m in self._models.values()]
+        config = next((each for each in shared if each is not None), None)
+        report: Report = self.report()
+        return report if config is None else merged(report, config)
+
+    def model(self, name: str) -> Any:
+        """Give the attached transformer of that name, or None where there is none."""
+        return self._models.get(name)
+
     def summary(self) -> str:
         """Say in a few lines what the newest generation did."""
         return self.report().summary()
@@ -129,8 +171,11 @@ class SparseAttention(SparseEngine):
         for model in self._models.values():
             hooks.detach(model)
         for site in self._sites:
-            release(site.module)
-            site.module.__dict__.pop(SITE, None)
+            with suppress(ReferenceError):
+                release(site.module.processor)
+                site.module.__dict__.pop(SITE, None)
+        for processor in self._derived:  # those that fused QKV put aside, too
+            release(processor)
         self.end_generation()
         self.memory.shared.clear()
 
@@ -168,9 +213,24 @@ def transformers_of(target: Any) -> dict[str, Any]:
     if not models:
         raise UnsupportedError(
             f"{type(target).__name__} has no transformer that dit_sparse knows; it supports "
-            f"pipelines with: {', '.join(sorted(FAMILIES))}"
+            f"pipelines with: {ALL}"
         )
     return models
+
+
+def own_strategy(target: Any) -> Strategy:
+    """Read the strategy in the folder or repository that a pipeline or model was loaded from."""
+    name = dict(getattr(target, "config", None) or {}).get("_name_or_path")
+    hint = "; name one, as in enable_sparse_attention(\"radial\"): 'dit-sparse methods' lists them"
+    if not name:
+        raise StrategyError(
+            f"this {type(target).__name__} was not loaded from a folder or repository that could "
+            f"hold a strategy{hint}"
+        )
+    try:
+        return Strategy.from_pretrained(name)
+    except StrategyError as error:
+        raise StrategyError(f"no strategy beside the model: {error}{hint}") from error
 
 
 def current(target: Any) -> SparseAttention | None:
@@ -179,9 +239,26 @@ def current(target: Any) -> SparseAttention | None:
     return None if handle is None or handle.removed else handle
 
 
+def refuse_exchange(target: Any, name: str, value: Any) -> None:
+    """Raise where another transformer is put into a pipeline while sparse attention is enabled.
+
+    It would run dense, and nobody would know. None, and wrappers of the attached one, may come.
+    """
+    handle = current(target) if name in STAGES and value is not None else None
+    if handle is None:
+        return
+    attached = handle.model(name)
+    parts = value.modules() if isinstance(value, nn.Module) else ()
+    if attached is None or not any(part is attached for part in parts):
+        raise AttachError(
+            f"{type(target).__name__}.{name} cannot be exchanged while sparse attention is "
+            "enabled on it: call disable_sparse_attention() first, and enable it again after"
+        )
+
+
 def enable(
     target: Any,
-    profile: Profile,
+    profile: Profile | None = None,
     *,
     scheduler: Any = None,
     kernel: str | None = None,
@@ -194,7 +271,10 @@ def enable(
 
     Args:
         target: A Diffusers pipeline, or a bare transformer of a known family.
-        profile: A shipped name, a path, a Hub repository, a method's name, or a ``Strategy``.
+        profile: A shipped name, a path, a Hub repository (``owner/name``,
+            ``owner/name@revision:place``), a method's name, or a ``Strategy``. None: the
+            ``sparse_strategy.json`` beside the model, in the folder or repository that the target
+            was loaded from.
         scheduler: For a bare transformer: where its step is read. Without one, call
             ``handle.at(step, num_steps)`` before each pass.
         kernel: Name of the kernel to use; None: the best that can run here. A kernel that cannot
@@ -226,7 +306,8 @@ def enable(
     if probe < 0:
         raise ValueError(f"probe must be a number of rows >= 0, got {probe}")
     promised = None if guarantee is None else Guarantee.coerce(guarantee)
-    strategy = Strategy.coerce(profile, **options)
+    wanted = own_strategy(target) if profile is None else profile
+    strategy = Strategy.coerce(wanted, **options)
     return SparseAttention(
         target,
         strategy,
@@ -242,6 +323,15 @@ def disable(target: Any) -> None:
     """Detach from ``target``; warns where nothing is attached."""
     handle = current(target)
     if handle is None:
+        here = [target] if isinstance(target, nn.Module) else [vars(target).get(x) for x in STAGES]
+        for model in (unwrap(each) for each in here if isinstance(each, nn.Module)):
+            if left := [path for path, site in sites_of(model) if site.alive]:
+                raise AttachError(
+                    f"{left[0]} has sparse attention from another pipeline that shares this "
+                    "transformer; disable it there"
+                )
+            if clear(model):
+                return
         warnings.warn(
             f"sparse attention is not enabled on {type(target).__name__}; nothing to disable",
             stacklevel=2,
@@ -255,7 +345,7 @@ def disable(target: Any) -> None:
 @contextmanager
 def sparse_attention(
     target: Any,
-    profile: Profile,
+    profile: Profile | None = None,
     **options: Any,
 ) -> Iterator[SparseAttention]:
     """Enable for the length of a ``with`` block; takes what ``enable`` takes."""

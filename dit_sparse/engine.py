@@ -5,12 +5,15 @@ For every call it reads the clock, checks that geometry and mask are understood,
 which heads use which method, lets each method plan, a kernel compute, the method finish, and
 writes a record. What it does not understand stays dense, and the record says why.
 
+Where a call has only this process's share of the heads (``HERE.share``), heads are numbered within
+it in here, and in the model's way for everybody else: strategy, methods, records.
+
 Past 300 lines, as it is one call's way from end to end.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,12 +21,15 @@ from torch import Tensor
 
 from dit_sparse.call import AttentionCall
 from dit_sparse.envelope import Envelope, regroup, without
-from dit_sparse.errors import GeometryError
+from dit_sparse.errors import AttachError, GeometryError
 from dit_sparse.head_groups import head_index, merge_plans, select_heads
 from dit_sparse.nbytes import nbytes
+from dit_sparse.pipelines import masks
+from dit_sparse.pipelines.site import HERE
 from dit_sparse.plan import BlockPlan
 from dit_sparse.probe import dense_lse, probe_rows, recall
 from dit_sparse.report import CallRecord, Part, Report, Stopwatch
+from dit_sparse.strategy import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -34,9 +40,11 @@ if TYPE_CHECKING:
     from dit_sparse.pipelines.clock import Clock, Moment
     from dit_sparse.pipelines.family import Family, Shape
     from dit_sparse.pipelines.site import Site
-    from dit_sparse.strategy import Choice, Strategy
+    from dit_sparse.strategy import Strategy
 
     Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+    # Valid text tokens of each sample, and the order that puts them first; None: as it is.
+    Text = tuple[Tensor | None, Tensor | None]
 
 GRIDS = 4  # geometries whose plans are kept; beyond it all are dropped when a generation starts
 
@@ -78,8 +86,10 @@ class Memory:
 
     states: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)
-    passes: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    masks_checked: set[Hashable] = field(default_factory=set)
+    passes: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
+    batches: dict[Hashable, int] = field(default_factory=dict)
+    masks_checked: dict[Hashable, bool] = field(default_factory=dict)
+    """Whether the padding that a (stage, branch)'s mask hides stands at the end of the text."""
     grids: set[LatentsGrid] = field(default_factory=set)
     peak: int = 0
     # The sizes of states as last seen, kept up to date so that a report costs no walk per call.
@@ -87,7 +97,7 @@ class Memory:
 
     def free_generation(self) -> None:
         """Drop all that belongs to one generation."""
-        for part in (self.states, self.passes, self.masks_checked, self.sizes):
+        for part in (self.states, self.passes, self.batches, self.masks_checked, self.sizes):
             part.clear()
 
     def note(self, key: Hashable) -> None:
@@ -143,15 +153,18 @@ class SparseEngine:
         guarantee's sake is among the dense ones, and keeps nothing in its own group's plan."""
         self._grid: LatentsGrid | None = None
         self._stage = ""
+        self._first: dict[str, int] = {}  # of the heads that this process computes, by stage
         self._running = False
-        self._text: tuple[Any, Tensor | None] = (None, None)
+        self._text: tuple[Any, Text] = (None, (None, None))
+        self._order: Tensor | None = None
 
     # Two of Listener's three members; adopt() is the handle's, which knows the modules.
     def end_generation(self) -> None:
         """Free the generation's memory; its records stay until the next one starts."""
         self.memory.free_generation()
         self.clock.forget()
-        self._text = (None, None)
+        self._text = (None, (None, None))
+        self._order = None
         self._running = False
 
     def _begin_generation(self, moment: Moment) -> None:
@@ -194,8 +207,10 @@ class SparseEngine:
             record.parts.append(Part("dense", heads, self._dense_name(site)))
             output = dense(query, key, value)
         else:
-            output = self._run(site, call, dense, record)
+            output = self._in_order(site, call, dense, record)
         watch.stop()
+        if HERE.share is not None:
+            _renumber(record, HERE.share.first)
         self.records.append(record)
         return output
 
@@ -218,10 +233,13 @@ class SparseEngine:
             raise Decline(str(error)) from error
         if moment.new or not self._running:
             self._begin_generation(moment)
-        record.step, record.branch = moment.step, self._branch(site, stage, moment)
+        branch = self._branch(site, stage, moment, query.shape[0])
+        record.step, record.branch = moment.step, branch
+        if HERE.declined is not None:
+            raise Decline(HERE.declined)
         if shape is None:
             raise Decline("the token grid of this pass is not known")
-        grid = stage.family.grid(shape)
+        grid = stage.family.grid(shape, query.shape[1])
         if grid.tokens != query.shape[1]:
             raise Decline(
                 f"the latents are {grid} = {grid.tokens} tokens, attention has {query.shape[1]} "
@@ -229,21 +247,20 @@ class SparseEngine:
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             raise Decline("gradients are asked for; run under torch.no_grad()")
-        if getattr(site.module.processor, "_parallel_config", None) is not None:
-            raise Decline("context parallelism splits the sequence over processes")
         self._grid = grid
         self.memory.grids.add(grid)
         if site.stage != self._stage:  # Wan 2.2 never comes back to its first transformer
             for old in [k for k in self.memory.states if k[0] != site.stage]:  # type: ignore[index]
                 self.memory.drop(old)
             self._stage = site.stage
+        valid, self._order = self._text_valid(mask, grid, stage, record, query.shape[0])
         return AttentionCall(
             query,
             key,
             value,
             grid,
             query.shape[-1] ** -0.5 if scale is None else scale,
-            text_valid=self._text_valid(mask, grid, stage, record, query.shape[0]),
+            text_valid=valid,
             layer=site.layer,
             num_layers=stage.num_layers,
             heads=tuple(range(query.shape[2])),
@@ -254,16 +271,19 @@ class SparseEngine:
             shared=self.memory.shared,
         )
 
-    def _branch(self, site: Site, stage: Stage, moment: Moment) -> str:
+    def _branch(self, site: Site, stage: Stage, moment: Moment, batch: int) -> str:
         """Name the guidance branch: as told, else by counting this layer's passes in the step."""
-        if moment.branch is not None:
-            return moment.branch
-        if stage.family.batched_cfg:
-            return "both"
-        place = (site.stage, site.layer)
+        told = "both" if moment.branch is None and stage.family.batched_cfg else moment.branch
+        if told is not None and not stage.family.per_sample:
+            full = self.memory.batches.setdefault((site.stage, told), batch)
+            # FasterCache leaves the unconditional half of the batch out in some steps.
+            return "cond" if told == "both" and 2 * batch == full else told
+        place = (site.stage, site.layer, told)
         step, count = self.memory.passes.get(place, (-1, 0))
         count = count + 1 if step == moment.step else 0
         self.memory.passes[place] = (moment.step, count)
+        if told is not None:
+            return f"{told}, sample {count}"
         names = ("cond", "uncond")  # two-pass pipelines run the conditional pass first
         return names[count] if count < len(names) else f"pass{count}"
 
@@ -274,39 +294,65 @@ class SparseEngine:
         stage: Stage,
         record: CallRecord,
         batch: int,
-    ) -> Tensor | None:
-        """Read the number of valid text tokens per sample from a text-padding mask."""
+    ) -> Text:
+        """Read from a text-padding mask how many text tokens are valid, and how to order them."""
         if mask is None:
-            return None
+            return None, None
         if self._text[0] is mask:  # the same object in every layer of a pass
             return self._text[1]
-        fits = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)
-        if not stage.family.text_padding or not fits or mask.shape[3] != grid.tokens:
+        row = masks.video_row(mask, grid, batch)
+        if not stage.family.text_padding or row is None:
             raise Decline(
                 f"an attention mask {mask.dtype} {tuple(mask.shape)} that is not "
                 f"{stage.family.name}'s text padding"
             )
-        row = mask[:, 0, 0].expand(batch, -1)
         valid = row[:, grid.text_start : grid.text_start + grid.text_length].sum(-1)
         seen = (record.stage, record.branch)
         if seen not in self.memory.masks_checked:  # one device read per generation and branch
-            position = torch.arange(grid.tokens, device=mask.device) - grid.text_start
-            text = (position >= 0) & (position < grid.text_length)
-            if not torch.equal(row, ~text | (position < valid[:, None])):
+            if not masks.only_padding(mask, row, grid):
                 raise Decline("an attention mask that hides more than the padding of the text")
-            self.memory.masks_checked.add(seen)
-        self._text = (mask, valid)
-        return valid
+            self.memory.masks_checked[seen] = masks.at_the_end(row, grid)
+        order = None if self.memory.masks_checked[seen] else masks.valid_first(row, grid)
+        result = (valid, order) if grid.text_length else (None, None)
+        if mask.shape[2] == 1:  # one of [tokens, tokens] is big, and made anew in every layer
+            self._text = (mask, result)
+        return result
+
+    def _in_order(
+        self, site: Site, call: AttentionCall, dense: Dense, record: CallRecord
+    ) -> Tensor:
+        """Put valid text before padded text where it does not stand so, run, and put it back."""
+        order = self._order
+        if order is None:
+            return self._run(site, call, dense, record)
+
+        def dense_in_order(*given: Tensor) -> Tensor:  # the model's mask knows its own order
+            own = (masks.back(each, order) for each in given)
+            return masks.take(dense(*own), order)
+
+        query, key, value = (masks.take(x, order) for x in (call.query, call.key, call.value))
+        moved = replace(call, query=query, key=key, value=value)
+        return masks.back(self._run(site, moved, dense_in_order, record), order)
 
     def _run(self, site: Site, call: AttentionCall, dense: Dense, record: CallRecord) -> Tensor:
+        share = HERE.share
         groups: Sequence[Choice] = self.strategy.assign(
             layer=call.layer,
             step=call.step,
             num_steps=call.num_steps,
             stage=call.stage,
-            num_heads=len(call.heads),
+            num_heads=len(call.heads) if share is None else share.total,
             num_layers=call.num_layers,
         )
+        self._first[call.stage] = 0 if share is None else share.first
+        if share is not None:
+            if self.watch is not None:
+                raise AttachError(
+                    f"{site.path}: context parallelism gives this process a part of the heads, "
+                    "and the profiler and inspect look at all of them: do so on one GPU, on a "
+                    "model without enable_parallelism"
+                )
+            groups = _within(groups, share.first, len(call.heads))
         groups, gone = self._take_back(call, groups, record)
         output = None if len(groups) == 1 else torch.empty_like(call.value)
         planned: list[Planned] = []
@@ -316,7 +362,7 @@ class SparseEngine:
             place = (call.stage, call.layer, call.branch, rule)
             if method is not None:
                 part.state = self.memory.states.setdefault(place, {})
-                plan = method.plan(part, self.backends)
+                plan = method.plan(_numbered(part), self.backends)
             kept = heads if method is None else tuple(h for h in heads if h not in gone)
             if plan is not None and kept != heads:
                 plan = without(plan, heads, gone)
@@ -416,7 +462,7 @@ class SparseEngine:
             part.recall = self._recall(call, lse)
         gone = tuple(head for head in call.heads if head not in group.kept)
         record.parts.append(part.without(gone) if gone else part)
-        finished: Tensor = group.method.finish(call, output, lse, self.backends)
+        finished: Tensor = group.method.finish(_numbered(call), output, lse, self.backends)
         self._mind(call, group.place)
         return finished
 
@@ -443,6 +489,9 @@ class SparseEngine:
 
     def report(self) -> Report:
         """Make the report of the newest generation (reads the device)."""
+        guarantee = None if self.envelope is None else self.envelope.as_dict()
+        for each in () if guarantee is None else guarantee["returned"]:
+            each["head"] += self._first.get(each["stage"], 0)
         return Report(
             strategy=self.strategy.name,
             grid=str(self._grid) if self._grid is not None else "",
@@ -451,12 +500,35 @@ class SparseEngine:
             state_bytes=self.state_size(),
             peak_state_bytes=self.memory.peak + nbytes(self.memory.shared),
             attached_at=self.attached_at,
-            guarantee=None if self.envelope is None else self.envelope.as_dict(),
+            guarantee=guarantee,
         )
 
     def state_size(self) -> int:
         """Bytes held now: per-call state and plans shared by all calls."""
         return nbytes(self.memory.states) + nbytes(self.memory.shared)
+
+
+def _within(groups: Sequence[Choice], first: int, count: int) -> list[Choice]:
+    """Narrow groups to the heads from ``first`` on, numbered from 0; leave out empty ones."""
+    own = [
+        Choice(rule, method, tuple(head - first for head in heads if 0 <= head - first < count))
+        for rule, method, heads in groups
+    ]
+    return [each for each in own if each.heads]
+
+
+def _numbered(call: AttentionCall) -> AttentionCall:
+    """Give a call's heads the model's numbers; tensors and state are the same objects."""
+    if HERE.share is None:
+        return call
+    return replace(call, heads=tuple(HERE.share.first + head for head in call.heads))
+
+
+def _renumber(record: CallRecord, first: int) -> None:
+    """Give a record's heads the model's numbers."""
+    for part in record.parts:
+        part.heads = tuple(first + head for head in part.heads)
+    record.returned = tuple(first + head for head in record.returned)
 
 
 def _places(group: Planned) -> slice | list[int]:

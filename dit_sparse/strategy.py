@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
+from dit_sparse import hub
 from dit_sparse._version import __version__
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods import METHODS, method_class
@@ -24,9 +25,7 @@ from dit_sparse.schedule import Schedule
 from dit_sparse.strategy_form import FORM, Grid, Model, Receipt, Rule
 from dit_sparse.strategy_io import (
     CONFIG_NAME,
-    download,
     explain,
-    is_repo_id,
     is_there,
     read_json,
     shipped_file,
@@ -159,7 +158,8 @@ class Strategy(BaseModel):
         Args:
             profile: A strategy; the content of one as a dict; the name of a method (runs it
                 everywhere) or of a shipped strategy; the path of a file, or of a folder that
-                ``save_pretrained`` wrote; a Hub repository. Tried in this order.
+                holds ``sparse_strategy.json``; ``FOLDER:place`` in a folder; a Hub repository
+                (``owner/name``, ``owner/name@revision:place``). Tried in this order.
             **options: See ``with_options``.
         """
         if isinstance(profile, Strategy):
@@ -178,7 +178,8 @@ class Strategy(BaseModel):
         path = Path(profile)
         if is_there(path / CONFIG_NAME):
             return cls.from_pretrained(path).with_options(**options)
-        if isinstance(profile, str) and is_repo_id(profile) and not is_there(path):
+        elsewhere = isinstance(profile, str) and (hub.inside(profile) or hub.parse(profile))
+        if elsewhere and not is_there(path):
             return cls.from_pretrained(profile).with_options(**options)
         return cls.load(profile).with_options(**options)
 
@@ -323,47 +324,109 @@ class Strategy(BaseModel):
             for method, (rules, heads) in groups.items()
         )
 
-    def save_pretrained(self, folder: str | PathLike[str], *, push_to_hub: bool = False) -> None:
-        """Write ``sparse_strategy.json`` into ``folder``, which is made if need be."""
-        self.save(Path(folder) / CONFIG_NAME)
-        if push_to_hub:
-            self.push_to_hub(Path(folder).name)
-
-    @classmethod
-    def from_pretrained(cls, name: str | PathLike[str], **options: Any) -> Strategy:
-        """Read ``sparse_strategy.json`` from a folder or a Hub repository.
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        filename: str = CONFIG_NAME,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write the strategy into a folder, a model's own for instance.
 
         Args:
-            name: The folder, or the repository's id.
-            **options: For ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``, ...).
+            folder: Made if need be. Diffusers loads a pipeline's folder with it in it as before.
+            filename: Name of the file; ``enable_sparse_attention()`` without a name looks for
+                the usual one.
+            push_to_hub: Upload it too.
+            **options: For ``push_to_hub``; ``repo_id`` is the folder's name where not given.
         """
-        if Path(name).is_dir():
-            path = Path(name) / CONFIG_NAME
+        if options and not push_to_hub:
+            raise TypeError(f"{', '.join(options)}: only for push_to_hub=True")
+        self.save(Path(folder) / filename)
+        if push_to_hub:
+            repo_id = options.pop("repo_id", Path(folder).resolve().name)
+            self.push_to_hub(repo_id, filename=filename, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        *,
+        subfolder: str | None = None,
+        filename: str | None = None,
+        **options: Any,
+    ) -> Strategy:
+        """Read a strategy from a folder or a Hub repository, a model's own for instance.
+
+        Args:
+            name: The folder; ``owner/name`` on the Hub, or ``owner/name@revision:place``, the
+                place being a folder or a ``.json`` file in it. A folder takes a place too.
+            subfolder: The place, in words of Diffusers.
+            filename: Of the file; ``sparse_strategy.json`` where None.
+            **options: For ``hf_hub_download`` (``revision``, ``token``, ``cache_dir``,
+                ``local_files_only``, ``endpoint``, ...).
+        """
+        shown = str(name)
+        local = (Path(name), None) if Path(name).is_dir() else hub.inside(shown)
+        address = hub.parse(shown)
+        place = local[1] if local else address.place if address else None
+        if None not in {place, subfolder}:
+            raise StrategyError(f"{shown}: names a place, and subfolder={subfolder!r} another one")
+        file = hub.file_of(subfolder if place is None else place, filename, shown)
+        if local is not None:
+            path = local[0] / file
             return cls.from_dict(read_json(path, str(path)), str(path))
-        path = download(str(name), **options)
-        shown = f"{name}/{CONFIG_NAME}"
+        if address is None:
+            raise StrategyError(
+                f"{shown}: no such folder, and not the form of a Hub repository (owner/name); a "
+                "file is read by Strategy.load"
+            )
+        revision = address.revision
+        if revision is not None and options.setdefault("revision", revision) != revision:
+            raise StrategyError(
+                f"{shown}: names a revision, and revision={options['revision']!r} another one"
+            )
+        path = hub.download(address.repo_id, file, **options)
+        shown = str(hub.Address(address.repo_id, options.get("revision"), file))
         return cls.from_dict(read_json(path, shown), shown)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
+        subfolder: str | None = None,
+        filename: str | None = None,
         private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Add a dit_sparse strategy",
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        **options: Any,
     ) -> str:
-        """Upload the strategy to a Hub repository, made if need be; returns the commit's URL."""
-        from huggingface_hub import HfApi
+        """Upload the strategy to a Hub repository, made if need be; returns the commit's URL.
 
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_file(
-            path_or_fileobj=self.to_json().encode(),
-            path_in_repo=CONFIG_NAME,
-            repo_id=repository.repo_id,
+        Args:
+            repo_id: ``owner/name``: a repository of its own, or the model's.
+            subfolder: Folder in the repository; None: its root.
+            filename: Of the file; ``sparse_strategy.json`` where None.
+            private: Whether a repository made now is private.
+            token: Of the account; None: the one that is logged in.
+            commit_message: None: names the strategy and its methods.
+            **options: For ``HfApi.upload_file`` (``revision``, ``create_pr``, ...), and
+                ``endpoint``.
+        """
+        if commit_message is None:
+            methods = sorted({rule.method for rule in self.rules}) or ["dense"]
+            commit_message = f"Add sparse attention strategy {self.name} ({', '.join(methods)})"
+        file = hub.file_of(subfolder, filename, repo_id)
+        return hub.upload(
+            self.to_json().encode(),
+            repo_id,
+            file,
             commit_message=commit_message,
+            private=private,
+            token=token,
+            **options,
         )
-        return str(commit.commit_url)
 
 
 def _rule(method: str, params: dict[str, Any]) -> Rule:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategy files on disk, in the package and on the Hub: strict JSON in, atomic JSON out."""
+"""Strategy files on disk and in the package: strict JSON in, atomic JSON out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "sparse_strategy.json"
 MAX_BYTES = 16 * 2**20  # a rule per head of the largest model, three bands: about 1 MiB
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,25 +155,6 @@ def unknown_name(name: str, methods: tuple[str, ...]) -> StrategyError:
         f"no strategy file, shipped strategy or method is called {name!r:.80}{hint} "
         f"Shipped: {', '.join(shipped) if shipped else 'none'}. Methods: {', '.join(methods)}"
     )
-
-
-def is_repo_id(name: str) -> bool:
-    """Say whether ``name`` has the form of a Hub repository and is no JSON file's path."""
-    return _REPO_ID.fullmatch(name) is not None and not name.endswith(".json")
-
-
-def download(repo_id: str, **options: Any) -> Path:
-    """Fetch the strategy file of a Hub repository (or find it in the local cache)."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(repo_id, CONFIG_NAME, **options))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise StrategyError(
-            f"{repo_id}: no {CONFIG_NAME} from a folder or Hub repository of this name: {first}"
-        ) from error
 
 
 def explain(error: ValidationError, shown: str, keys: dict[str, tuple[str, ...]]) -> StrategyError:

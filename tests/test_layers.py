@@ -34,7 +34,7 @@ LAYERS = {
     "inspect": Layer(("inspect",), ("profiler",)),  # shows what a search measured
     "doctor": Layer(("doctor",), ("strategy", "backends", "pipelines")),
     "video": Layer(("video",), ("base",)),
-    "apply": Layer(("apply",), ("engine", "strategy", "pipelines", "forecast")),
+    "apply": Layer(("apply", "runtime"), ("engine", "strategy", "pipelines", "forecast")),
     "engine": Layer(
         ("engine", "envelope", "guarantee", "head_groups"), ("strategy", "pipelines", "report")
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dit-sparse methods``: what can be given to ``--strategy``, and what can be set."""
+"""``dit-sparse methods``: what can be given to ``--strategy``, what can be set, which models."""
 
 from __future__ import annotations
 
@@ -12,18 +12,42 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dit_sparse.cli.console import OUT, Debug
+from dit_sparse.cli.console import OUT, Debug, UserError
+from dit_sparse.cli.models import show_models
 
-EXAMPLES = ("dit-sparse methods", "dit-sparse methods radial")
+EXAMPLES = (
+    "dit-sparse methods",
+    "dit-sparse methods radial",
+    "dit-sparse methods --models",
+    "dit-sparse methods qwen --models --json",
+)
 
 
 def run(
     name: Annotated[
-        str | None, typer.Argument(help="Only this method.", show_default="all of them")
+        str | None,
+        typer.Argument(
+            help="Only this method; with --models, only classes with this in their name.",
+            show_default="all of them",
+        ),
     ] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="List the transformer classes instead.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --models: print everything as JSON.")
+    ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
-    """List the methods with their params, the schedule's settings and the shipped strategies."""
+    """List the methods with their params, the schedule's settings and the shipped strategies.
+
+    With --models, list which transformer classes of Diffusers are served, and why others are not.
+    """
+    if models:
+        show_models(name, as_json=as_json)
+        return
+    if as_json:
+        raise UserError("--json is for the table of models: dit-sparse methods --models --json")
     from dit_sparse.methods import METHODS, method_class
     from dit_sparse.schedule import Schedule
 

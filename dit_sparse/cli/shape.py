@@ -193,6 +193,7 @@ def _size(config: Mapping[str, Any], shown: str) -> tuple[int, int, str]:
     import torch
 
     from dit_sparse.pipelines import family_by_name
+    from dit_sparse.pipelines.family import heads_of
 
     name = str(config.get("_class_name", ""))
     family = family_by_name(name)
@@ -202,7 +203,7 @@ def _size(config: Mapping[str, Any], shown: str) -> tuple[int, int, str]:
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{shown}: cannot be sized from its config: {error}") from error
     modules = family.attention_modules(model)
-    return len(modules), int(modules[0][1].heads), name
+    return len(modules), heads_of(modules[0][1]), name
 
 
 def load_strategy(name: str) -> tuple[Strategy, Path]:

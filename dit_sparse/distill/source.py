@@ -102,13 +102,14 @@ def _check_strategy(pipe: Any, strategy: Any) -> None:
     """Say early what attaching would say late."""
     from dit_sparse.distill.attention import check_trainable
     from dit_sparse.pipelines import family_of
+    from dit_sparse.pipelines.family import heads_of
 
     check_trainable(strategy)
     modules = family_of(pipe.transformer).attention_modules(pipe.transformer)
     strategy.validate_for(
         type(pipe.transformer).__name__,
         num_layers=len(modules),
-        num_heads=modules[0][1].heads,
+        num_heads=heads_of(modules[0][1]),
         stages=("transformer",),
         config_hash=config_hash(pipe.transformer.config),
     )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model glue: the only package code that imports diffusers, and the table of model families.
 
-A new model is one file here and one line in this table (the exact class name, never a prefix).
+A new model is one row (in a file of its own, or beside those of its token layout) and one line in
+this table (the exact class name, never a prefix).
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.errors import UnsupportedError
+from dit_sparse.pipelines.declined import DECLINED
+from dit_sparse.pipelines.trained import refuse_gates
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dit_sparse.pipelines.family import Family
 
+# What has been tried in whole pipelines, with every method.
 FAMILIES: dict[str, str] = {
     "CogVideoXTransformer3DModel": "cogvideox:COGVIDEOX",
     "FluxTransformer2DModel": "flux:FLUX",
@@ -23,24 +27,85 @@ FAMILIES: dict[str, str] = {
     "PixArtTransformer2DModel": "pixart:PIXART",
     "WanTransformer3DModel": "wan:WAN",
 }
+# What has been tried as a transformer by itself (tests/models): one row each, by token layout.
+MODELS: dict[str, str] = {
+    "AllegroTransformer3DModel": "video_only:ALLEGRO",
+    "AnyFlowTransformer3DModel": "video_only:ANYFLOW",
+    "AuraFlowTransformer2DModel": "text_first:AURAFLOW",
+    "BriaFibo2Transformer2DModel": "text_first:BRIA_FIBO2",
+    "BriaFiboTransformer2DModel": "packed:BRIA_FIBO",
+    "BriaTransformer2DModel": "packed:BRIA",
+    "ChromaTransformer2DModel": "packed:CHROMA",
+    "ChronoEditTransformer3DModel": "video_only:CHRONOEDIT",
+    "CogView3PlusTransformer2DModel": "text_first:COGVIEW3_PLUS",
+    "CogView4Transformer2DModel": "text_first:COGVIEW4",
+    "ConsisIDTransformer3DModel": "text_first:CONSISID",
+    "CosmosTransformer3DModel": "video_only:COSMOS",
+    "DiTTransformer2DModel": "video_only:DIT",
+    "EasyAnimateTransformer3DModel": "text_first:EASYANIMATE",
+    "ErnieImageTransformer2DModel": "text_last:ERNIE_IMAGE",
+    "Flux2Transformer2DModel": "packed:FLUX2",
+    "Flux3Transformer2DModel": "packed:FLUX3",
+    "GlmImageTransformer2DModel": "text_first:GLM_IMAGE",
+    "HeliosTransformer3DModel": "text_first:HELIOS",
+    "HiDreamImageTransformer2DModel": "text_last:HIDREAM",
+    "HunyuanDiT2DModel": "video_only:HUNYUAN_DIT",
+    "HunyuanImageTransformer2DModel": "text_last:HUNYUAN_IMAGE",
+    "HunyuanVideo15Transformer3DModel": "text_last:HUNYUAN_VIDEO_15",
+    "Ideogram4Transformer2DModel": "text_first:IDEOGRAM4",
+    "JoyImageEditPlusTransformer3DModel": "text_last:JOYIMAGE_EDIT_PLUS",
+    "JoyImageEditTransformer3DModel": "text_last:JOYIMAGE_EDIT",
+    "Kandinsky5Transformer3DModel": "video_only:KANDINSKY5",
+    "Kandinsky6Transformer3DModel": "video_only:KANDINSKY6",
+    "Krea2Transformer2DModel": "packed:KREA2",
+    "LTX2VideoTransformer3DModel": "video_only:LTX2",
+    "LTXVideoTransformer3DModel": "video_only:LTX",
+    "LatteTransformer3DModel": "video_only:LATTE",
+    "LongCatImageTransformer2DModel": "packed:LONGCAT_IMAGE",
+    "Lumina2Transformer2DModel": "text_first:LUMINA2",
+    "LuminaNextDiT2DModel": "video_only:LUMINA_NEXT",
+    "MiniMaxH3Transformer3DModel": "text_first:MINIMAX_H3",
+    "MochiTransformer3DModel": "text_last:MOCHI",
+    "MotifVideoTransformer3DModel": "text_last:MOTIF_VIDEO",
+    "OvisImageTransformer2DModel": "packed:OVIS_IMAGE",
+    "QwenImageTransformer2DModel": "text_first:QWEN_IMAGE",
+    "SD3Transformer2DModel": "text_last:SD3",
+    "SkyReelsV2Transformer3DModel": "video_only:SKYREELS_V2",
+    "WanAnimateTransformer3DModel": "video_only:WAN_ANIMATE",
+    "WanVACETransformer3DModel": "video_only:WAN_VACE",
+    "ZImageTransformer2DModel": "text_last:Z_IMAGE",
+}
+ALL = f"{', '.join(sorted(FAMILIES))} and {len(MODELS)} more (dit-sparse methods --models)"
 
 
 def family_by_name(class_name: str) -> Family:
     """Look up the family of a transformer class by its exact name."""
-    if class_name not in FAMILIES:
-        raise UnsupportedError(
-            f"no adapter for {class_name}; dit_sparse knows: {', '.join(sorted(FAMILIES))}"
-        )
-    file, _, symbol = FAMILIES[class_name].partition(":")
+    if class_name in DECLINED:
+        raise UnsupportedError(f"{class_name} cannot be served: {DECLINED[class_name]}")
+    row = FAMILIES.get(class_name) or MODELS.get(class_name)
+    if row is None:
+        raise UnsupportedError(f"no adapter for {class_name}; dit_sparse knows: {ALL}")
+    file, _, symbol = row.partition(":")
     found: Family = getattr(import_module(f"dit_sparse.pipelines.{file}"), symbol)
     return found
 
 
 def unwrap(module: nn.Module) -> Any:
-    """Return the model inside ``torch.compile``'s wrapper, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+    """Return the model inside the wrappers of ``torch.compile``, peft and DDP, or the module."""
+    inner: Any = getattr(module, "_orig_mod", None)
+    if inner is None and callable(base := getattr(module, "get_base_model", None)):
+        inner = base()
+    if inner is None and type(module).__name__ == "DistributedDataParallel":
+        inner = module.module
+    return module if inner is None else unwrap(inner)
 
 
 def family_of(module: nn.Module) -> Family:
-    """Look up the family of a transformer."""
-    return family_by_name(type(unwrap(module)).__name__)
+    """Look up the family of a transformer; refuse a checkpoint that cannot be served."""
+    model = unwrap(module)
+    name = type(model).__name__
+    family = family_by_name(name)
+    if (reason := family.refuses(model.config)) is not None:
+        raise UnsupportedError(f"this {name} cannot be served: {reason}")
+    refuse_gates(model)
+    return family

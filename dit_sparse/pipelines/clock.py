@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -44,7 +45,7 @@ class Clock:
     """(step, num_steps, branch) set by hand."""
     _timesteps: Any = None
     _last: int = -1
-    _looked_up: tuple[Any, int] = (None, -1)
+    _looked_up: tuple[Any, int | None] = (None, None)
 
     def read(self) -> Moment:
         """Read the present step; ``LookupError`` where nothing tells it."""
@@ -60,13 +61,21 @@ class Clock:
                 "handle.at(step, num_steps) before each pass"
             )
         step = self._step(scheduler, timesteps)
+        told_steps = self.told.get("num_inference_steps")
+        num_steps = len(timesteps) if told_steps is None else int(told_steps)
+        if not 0 <= step < num_steps:
+            raise LookupError(
+                f"the scheduler stands at step {step} of {num_steps}: its run is over, so "
+                "another pipeline or loop runs this transformer; disable sparse attention here "
+                "and enable it there"
+            )
         # set_timesteps makes a new tensor: another one means another generation. The second test
         # serves loops that keep their schedule.
         new = timesteps is not self._timesteps or step < self._last
         self._timesteps, self._last = timesteps, step
         names = {"cond_uncond": "both"}
         told: str | None = self.told.get("name")
-        return Moment(step, len(timesteps), new, names.get(told or "", told))
+        return Moment(step, num_steps, new, names.get(told or "", told))
 
     def start(self) -> None:
         """Note the schedule at attaching: it tells a running generation from a new one."""
@@ -75,7 +84,7 @@ class Clock:
 
     def forget(self) -> None:
         """Treat the next reading as the start of a generation."""
-        self._timesteps, self._last, self._looked_up = None, -1, (None, -1)
+        self._timesteps, self._last, self._looked_up = None, -1, (None, None)
         self.timestep = None
 
     def _step(self, scheduler: Any, timesteps: Tensor) -> int:
@@ -88,13 +97,27 @@ class Clock:
                 return int(index)
         now = getattr(self.pipe, "_current_timestep", None)
         now = self.timestep if now is None else now
-        if now is None and hasattr(scheduler, "step_index"):
+        found = None if now is None else self._look_up(now, timesteps)
+        if found is not None:
+            return found
+        if hasattr(scheduler, "step_index"):
             return 0  # it counts, and has not stepped yet (whole-model compile hides timestep)
-        if now is None:
-            raise LookupError("neither the scheduler nor the model's timestep tells the step")
-        # One look-up per timestep object: on a GPU it reads the device.
+        raise LookupError(
+            "neither the scheduler nor the model's timestep tells the step; the pipeline that "
+            "runs this transformer may not be the one that enabled sparse attention"
+        )
+
+    def _look_up(self, now: Any, timesteps: Tensor) -> int | None:
+        """Find a timestep among the scheduler's; None where it is none of them.
+
+        One look-up per timestep object: on a GPU it reads the device. FLUX's transformer gets it
+        divided by 1000.
+        """
         if self._looked_up[0] is not now:
-            value = now.flatten()[0] if isinstance(now, Tensor) else now
-            gap = (timesteps.float() - float(value)).abs()
-            self._looked_up = (now, int(gap.argmin()))
+            value = float(now.flatten()[0] if isinstance(now, Tensor) else now)
+            known = timesteps.double().flatten()
+            gaps = torch.stack([(known - value).abs(), (known - 1000 * value).abs()])
+            place = int(gaps.argmin())
+            near = float(gaps.flatten()[place]) <= 4e-3 * float(known.abs().max())  # bfloat16
+            self._looked_up = (now, place % len(known) if near else None)
         return self._looked_up[1]

@@ -51,4 +51,10 @@ COGVIDEOX = Family(
     batched_cfg=True,
     example=example,
     text_tokens=226,
+    pipelines=(
+        "CogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+    ),
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     Shape = tuple[int, int, int, int]  # frames, height, width (tokens), text tokens
+    Reader = Callable[[Any, dict[str, Any]], Shape | None]
 
 
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,6 +31,21 @@ def _no_example(*_: Any) -> dict[str, Any]:
     raise UnsupportedError("this family does not say how to call its transformer without data")
 
 
+def _served(_: Any) -> None:
+    """Refuse nothing: every config of the class can be served."""
+
+
+def heads_of(module: Any) -> int:
+    """Read how many heads an attention module has; diffusers gives the number three names."""
+    for name in ("heads", "num_heads", "num_attention_heads"):
+        if isinstance(found := getattr(module, name, None), int):
+            return found
+    raise UnsupportedError(
+        f"{type(module).__name__} does not say how many heads it has; this version of diffusers "
+        "may name them otherwise, please report it"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One row of the table of families.
@@ -36,29 +53,47 @@ class Family:
     Args:
         name: Short name for reports.
         attention: Pattern of the module paths of the main self-attention, matched whole.
-        shape: ``(config, forward arguments by name) -> (frames, height, width, text)`` in tokens.
+        shape: ``(config, forward arguments by name) -> (frames, height, width, text)`` in tokens,
+            or None where this pass cannot be placed on a grid (it stays dense). "Text" is all
+            that is no video and is always computed: a prompt, registers, audio, history frames.
             Runs inside compiled graphs too: shapes and plain arithmetic only.
+        text_free: The sequence never holds text.
         text_first: The text stands before the video in the joint sequence.
-        text_padding: The model's mask hides padded text at the end of the text, nothing else.
-        batched_cfg: The pipeline runs both guidance branches as one batch.
+        text_padding: The model's mask hides padded text, nothing else.
+        text_varies: Calls of one pass hold between none and all of the text (padding cut out
+            sample by sample, layers of the video alone): what is there beside the video is text.
+        per_sample: The processor calls attention once for each sample of the batch.
+        timestep: Forward argument that tells the scheduler's timestep, or a thousandth of it; ""
+            where the model is told another time (1 - t / 1000, say).
+        batched_cfg: The pipeline runs both guidance branches as one batch, and does not say so.
         shape_input: Forward argument that ``shape`` reads values from (a device read); while the
             very same object comes again, the shape is not computed anew.
         example: ``(config, latent frames, latent height, latent width, text tokens)`` -> forward
             arguments without data (device "meta", but for ``shape_input``), one sample.
         text_tokens: Text tokens that its pipeline passes where it is not told.
         compression: Pixels of a latent pixel's side, and frames of a latent frame, in its VAE.
+        refuses: ``config -> reason`` why a checkpoint of this class cannot be served, or None.
+        pipelines: Names of the Diffusers pipelines that run this class.
+        note: What stays dense in its pipelines, in one sentence.
     """
 
     name: str
     attention: str
-    shape: Callable[[Any, dict[str, Any]], Shape]
+    shape: Reader
+    text_free: bool = False
     text_first: bool = False
     text_padding: bool = False
+    text_varies: bool = False
+    per_sample: bool = False
+    timestep: str = "timestep"
     batched_cfg: bool = False
     shape_input: str | None = None
     example: Callable[[Any, int, int, int, int], dict[str, Any]] = _no_example
     text_tokens: int = 512
     compression: tuple[int, int] = (8, 4)
+    refuses: Callable[[Any], str | None] = _served
+    pipelines: tuple[str, ...] = ()
+    note: str = ""
 
     def attention_modules(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """List the main self-attention modules in the order of their layers."""
@@ -75,7 +110,21 @@ class Family:
             )
         return found
 
-    def grid(self, shape: Shape) -> LatentsGrid:
-        """Make the latents grid from what ``shape`` returned."""
+    def grid(self, shape: Shape, tokens: int | None = None) -> LatentsGrid:
+        """Make the latents grid from what ``shape`` returned.
+
+        Args:
+            shape: (frames, height, width, text) of the pass.
+            tokens: Length of this call's sequence, which tells the text where it varies.
+        """
         frames, height, width, text = shape
+        if self.text_varies and tokens is not None:
+            beside = tokens - frames * height * width
+            text = beside if 0 <= beside <= text else text
         return LatentsGrid(frames, height, width, text, self.text_first and text > 0)
+
+    @property
+    def grid_source(self) -> str:
+        """Say where the grid is read, for people: the first line of what reads it."""
+        about = getattr(self.shape, "about", None) or inspect.getdoc(self.shape) or ""
+        return str(about).split("\n")[0].removeprefix("Read ").rstrip(".").replace("``", "`")

@@ -1,32 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is put on a transformer: a root hook and a tap on ``cache_context``."""
+"""What is put on a transformer while sparse attention is attached; all of it comes off again.
+
+Two places learn a pass's token grid. Run as it is, a pre-hook of ``torch.nn`` does: it sees the
+whole inputs, whatever wraps ``forward`` (offloading, caches, context parallelism), and nobody
+loses it. In a graph of the whole model, where such hooks may stand outside, a ``forward`` of ours
+does. Neither goes through diffusers' ``HookRegistry``: taking an inner hook off there cuts the
+outer one off (0.42.1, ``remove_hook``).
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 
+from dit_sparse.pipelines import taps
 from dit_sparse.pipelines.site import HERE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import nn
 
     from dit_sparse.pipelines.clock import Clock
     from dit_sparse.pipelines.family import Family, Shape
 
-NAME = "dit_sparse"
+ROOT = "_dit_sparse_root"
 REGISTRY = "_diffusers_hook"
 
 
 class Listener(Protocol):
-    """What the hook reports to; ``apply.py`` has the one implementation."""
+    """What the hooks report to; ``apply.py`` has the one implementation."""
 
     clock: Clock
 
@@ -36,118 +41,169 @@ class Listener(Protocol):
     def end_generation(self) -> None:
         """Free what belongs to the generation that just ended."""
 
+    def remark_on_sharing(self) -> None:
+        """Warn where the strategy does otherwise on several processes than on one."""
 
-class RootHook(ModelHook):
-    """Tells the token grid of every pass; diffusers resets it when a pipeline run ends."""
 
-    _is_stateful = True
+class Forward:
+    """Stands before a transformer's ``forward``, and notes the token grid within a graph."""
 
-    def __init__(self, listener: Listener, family: Family, *, made_registry: bool) -> None:
-        """Hold the listener weakly: the hook must not keep a pipeline alive."""
-        super().__init__()
+    def __init__(self, root: Root, module: nn.Module, inner: Any) -> None:
+        """Look like ``inner``, which does the work."""
+        functools.update_wrapper(self, inner)
+        self.root, self.module, self.inner = root, module, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pass; the grid is known until it ends."""
+        root = self.root
+        if torch.compiler.is_compiling():
+            if root.live:
+                HERE.shape = root.family.shape(self.module.config, root.named(args, kwargs))
+            output = self.inner(*args, **kwargs)
+            HERE.shape = None
+            return output
+        if root.live and not root.noted:  # somebody called forward itself, past the pre-hook
+            root.note(self.module, args, kwargs)
+        root.noted = False
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            HERE.shape = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model has the forward that it had without us."""
+        return _same, (self.inner,)
+
+
+class Before:
+    """The pre-hook of ``torch.nn``."""
+
+    def __init__(self, root: Root) -> None:
+        """Report to ``root``."""
+        self.root = root
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the pass that begins; a graph does so in ``Forward``."""
+        if not torch.compiler.is_compiling():
+            self.root.settle(module)
+            self.root.note(module, args, kwargs)
+            self.root.noted = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copied or pickled model it does nothing."""
+        return _nothing, ()
+
+
+class Root:
+    """What is known of one attached transformer as a whole."""
+
+    def __init__(self, listener: Listener, family: Family, module: nn.Module) -> None:
+        """Put both hooks on; hold the listener weakly: a model keeps no pipeline alive."""
         self._listener = weakref.ref(listener)
         self.family = family
-        self.made_registry = made_registry
-        self.names: list[str] = []
-        self._seen: tuple[Any, Shape | None] = (None, None)
-        self.live = True
-
-    def revive(self, listener: Listener) -> None:
-        """Take part again, for another attachment."""
-        self._listener, self.live = weakref.ref(listener), True
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Learn the names of positional arguments."""
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
-        return module
+        self.live, self.noted = True, False
+        self.forward: Forward
+        self._outermost: Any = None
+        self._seen: tuple[Any, int, Shape | None] = (None, -1, None)
+        self._hook = module.register_forward_pre_hook(Before(self), with_kwargs=True)
+        self.wrap(module)
 
-    def pre_forward(
-        self, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Note the grid and the timestep of the pass that begins."""
-        if not self.live:
-            return args, kwargs
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model is a plain one."""
+        return type(None), ()
+
+    def wrap(self, module: Any) -> None:
+        """Put ``Forward`` before whatever ``forward`` is now."""
+        module.__dict__["forward"] = self.forward = Forward(self, module, module.forward)
+        self._outermost = self.forward
+
+    def unwrap(self, module: nn.Module) -> bool:
+        """Take ``Forward`` off; False where something that we cannot look into holds it."""
+        found = _replace(module, self.forward, self.forward.inner)
+        stock = module.__dict__.get("forward")
+        if getattr(stock, "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]  # a bound method of the class itself: not an override
+        return found
+
+    def settle(self, module: nn.Module) -> None:
+        """Come back where somebody put an older ``forward`` in place.
+
+        accelerate does so when its own hook goes; ``enable_model_cpu_offload`` after every run.
+        """
+        if module.__dict__.get("forward") is not self._outermost:
+            if not _replace(module, self.forward, self.forward):
+                self.wrap(module)
+            self._outermost = module.__dict__.get("forward")
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give the arguments of ``forward`` by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note grid and timestep of the pass that begins."""
+        inputs = self.named(args, kwargs)
         HERE.shape = self._shape(module, inputs)
-        if not torch.compiler.is_compiling():
-            listener = self._listener()
-            if listener is not None:
-                listener.clock.timestep = inputs.get("timestep")
-                listener.adopt()
-        return args, kwargs
+        listener = self._listener()
+        if listener is not None:
+            listener.clock.timestep = inputs.get(self.family.timestep)
+            listener.adopt()
 
-    def _shape(self, module: nn.Module, inputs: dict[str, Any]) -> Shape:
+    def _shape(self, module: nn.Module, inputs: dict[str, Any]) -> Shape | None:
         source = self.family.shape_input
-        if source is None or torch.compiler.is_compiling():
+        if source is None:
             return self.family.shape(module.config, inputs)
-        known, shape = self._seen
+        known, known_text, shape = self._seen
         text = inputs["encoder_hidden_states"].shape[1]
-        if shape is None or known is None or known() is not inputs[source] or shape[3] != text:
+        if known is None or known() is not inputs[source] or known_text != text:
             shape = self.family.shape(module.config, inputs)
-            self._seen = (weakref.ref(inputs[source]), shape)
+            self._seen = (weakref.ref(inputs[source]), text, shape)
         return shape
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """End of a pipeline run (``maybe_free_model_hooks``)."""
-        listener = self._listener()
-        if self.live and listener is not None:
-            listener.end_generation()
-        return module
+    def remove(self, module: nn.Module) -> None:
+        """Take both hooks off."""
+        self.live = False  # for a Forward that must stay where it is
+        self._hook.remove()
+        self.unwrap(module)
 
 
-class ContextTap:
-    """Stands before a transformer's ``cache_context`` and tells the clock what it says."""
-
-    def __init__(self, clock: Clock, module: nn.Module) -> None:
-        """Hold the model weakly; its class's own method does the work."""
-        self.clock, self._module = clock, weakref.proxy(module)
-        cls: Any = type(module)
-        self._stock = cls.cache_context
-
-    @contextmanager
-    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
-        """Pass on to the stock context manager."""
-        self.clock.told = {"name": name, **kwargs}
-        try:
-            with self._stock(self._module, name, **kwargs):
-                yield
-        finally:
-            self.clock.told = {}
+def _same(inner: Any) -> Any:
+    return inner
 
 
-def attach(module: nn.Module, listener: Listener, family: Family) -> None:
-    """Put the root hook and the tap on a transformer."""
-    fresh = not hasattr(module, REGISTRY)
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    if NAME in registry.hooks:  # left inert by an earlier detach, see there
-        registry.hooks[NAME].revive(listener)
-    else:
-        registry.register_hook(RootHook(listener, family, made_registry=fresh), NAME)
-    if hasattr(module, "cache_context"):
-        module.__dict__["cache_context"] = ContextTap(listener.clock, module)
+def _ignore(*_: Any) -> None:
+    return None
+
+
+def _nothing() -> Any:
+    return _ignore
+
+
+def _replace(module: nn.Module, ours: Forward, other: Any) -> bool:
+    """Let whoever calls ``ours`` call ``other``: the module, accelerate, or a diffusers hook."""
+    own = module.__dict__
+    for name in ("forward", "_old_forward"):  # accelerate looks the second up at every call
+        if own.get(name) is ours:
+            own[name] = other
+            return True
+    for reference in getattr(own.get(REGISTRY), "_fn_refs", ()):
+        for name in ("original_forward", "forward"):
+            if getattr(reference, name) is ours:
+                setattr(reference, name, other)
+                return True
+    return False
+
+
+def attach(module: nn.Module, listener: Listener, family: Family, heads: int) -> None:
+    """Put hooks and taps on a transformer."""
+    root = Root(listener, family, module)
+    module.__dict__[ROOT] = root
+    taps.attach(module, listener, root, heads)
 
 
 def detach(module: nn.Module) -> None:
-    """Take both off; the model is as it was, unless somebody wrapped ``forward`` after us.
-
-    diffusers puts back the forward it saw at registration. If accelerate wrapped it since, that
-    would remove accelerate's hook too: then ours stays in place and does nothing.
-    """
-    module.__dict__.pop("cache_context", None)
-    registry: Any = getattr(module, REGISTRY, None)
-    hook = registry.hooks.get(NAME) if registry is not None else None
-    if hook is None:
-        return
-    hook.live = False
-    outermost = getattr(module.__dict__.get("forward"), "func", None)
-    ours = outermost is not None and "HookRegistry.register_hook" in getattr(
-        outermost, "__qualname__", ""
-    )
-    if not ours:
-        return
-    registry.remove_hook(NAME, recurse=False)
-    forward = module.__dict__.get("forward")
-    if getattr(forward, "__func__", None) is type(module).forward:
-        del module.__dict__["forward"]  # a bound method of the class itself: not an override
-    if hook.made_registry and not registry.hooks:
-        delattr(module, REGISTRY)
+    """Take them off; where something wraps ``forward`` that hides ours, an inert one stays."""
+    taps.detach(module)
+    root = module.__dict__.pop(ROOT, None)
+    if root is not None:
+        root.remove(module)

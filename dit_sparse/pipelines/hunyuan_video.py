@@ -43,4 +43,9 @@ HUNYUAN_VIDEO = Family(
     text_padding=True,
     example=example,
     text_tokens=256,
+    pipelines=(
+        "HunyuanVideoPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+        "HunyuanSkyreelsImageToVideoPipeline",
+    ),
 )

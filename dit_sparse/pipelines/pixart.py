@@ -32,7 +32,13 @@ PIXART = Family(
     name="pixart",
     attention=r"transformer_blocks\.\d+\.attn1",
     shape=shape,
+    text_free=True,
     batched_cfg=True,
     example=example,
     text_tokens=300,
+    pipelines=(
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+        "PixArtSigmaPAGPipeline",
+    ),
 )

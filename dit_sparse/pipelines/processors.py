@@ -12,9 +12,11 @@ from __future__ import annotations
 import functools
 import sys
 import types
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.hooks import _helpers
 from torch import Tensor
 
 from dit_sparse.errors import UnsupportedError
@@ -61,12 +63,28 @@ def _reroute(original: Callable[..., Tensor], seq_axis: int) -> Callable[..., Te
             )
             return compiled
 
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return original(q, k, v, attn_mask, **kwargs)
+        def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
+            return original(q, k, v, **{"attn_mask": attn_mask, **kwargs, **changed})
 
-        return compute(site, query, key, value, attn_mask, HERE.shape, scale, seq_axis, dense)
+        HERE.declined = _watched()
+        try:
+            return compute(site, query, key, value, attn_mask, HERE.shape, scale, seq_axis, dense)
+        finally:
+            HERE.declined = None
 
     return call
+
+
+def _watched() -> str | None:
+    """Say who waits for torch's own attention call, if anybody does.
+
+    Perturbed-attention guidance puts a function mode over it and answers it otherwise.
+    """
+    for mode in torch.overrides._get_current_function_mode_stack():  # noqa: SLF001
+        name = type(mode).__name__
+        if name != "DeviceContext":  # torch.set_default_device, with torch.device(...)
+            return f"{name} stands over attention and answers the model's own call (guidance)"
+    return None
 
 
 @functools.cache  # classes are made once per stock class; the cache is not state of any pipeline
@@ -101,7 +119,7 @@ def derive(cls: Any) -> Any:
         )
     sys.modules[name] = module
     function = types.FunctionType(
-        source.__code__,
+        _own_code(source.__code__),
         module.__dict__,
         source.__name__,
         source.__defaults__,
@@ -128,7 +146,27 @@ def derive(cls: Any) -> Any:
         "stock": cls,
         "dense": staticmethod(dense),
     }
-    return type(cls.__name__, (cls,), body)
+    derived = type(cls.__name__, (cls,), body)
+    _make_known(cls, derived)
+    return derived
+
+
+def _own_code(code: types.CodeType) -> types.CodeType:
+    """Copy a code object and those within it.
+
+    Dynamo files what it compiled under the code object, and leaves it in that function's globals:
+    of two functions with one code object, one would look for it in the wrong globals.
+    """
+    inner = (_own_code(x) if isinstance(x, types.CodeType) else x for x in code.co_consts)
+    return code.replace(co_consts=tuple(inner))
+
+
+def _make_known(cls: Any, derived: Any) -> None:
+    """Let diffusers skip the derived class's layers like the stock one's (guiders)."""
+    registry = getattr(_helpers, "AttentionProcessorRegistry", None)
+    with suppress(ValueError):  # it cannot skip these
+        if registry is not None:
+            registry.register(derived, registry.get(cls))
 
 
 def stock_class(module: Any) -> Any:
@@ -150,6 +188,6 @@ def adopt(module: Any) -> bool:
     return True
 
 
-def release(module: Any) -> None:
-    """Put the stock class of ``module``'s processor back; does nothing where it has it."""
-    module.processor.__class__ = stock_class(module)
+def release(processor: Any) -> None:
+    """Put the stock class of a processor back; does nothing where it has it."""
+    processor.__class__ = vars(type(processor)).get("stock", type(processor))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.errors import AttachError
+from dit_sparse.pipelines import parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +50,8 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.site: Site | None = None
         self.shape: Shape | None = None
+        self.share: parallel.Share | None = None  # the heads of this call, where it has not all
+        self.declined: str | None = None  # why this call must stay the model's own
 
 
 HERE = _Here()
@@ -83,6 +86,11 @@ class Site:
                 "dit_sparse.disable(transformer), then enable it on the new pipeline"
             )
         return engine
+
+    @property
+    def alive(self) -> bool:
+        """Whether the pipeline that attached this site still exists."""
+        return self._engine() is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model is a plain one: its modules carry no site."""
@@ -119,8 +127,12 @@ def compute(
         shape: (frames, height, width, text) of this pass.
         scale: What the model passed, if anything.
         seq_axis: 1 or 2.
-        dense: The model's own attention call, taking and giving its own layout.
+        dense: The model's own attention call, taking and giving its own layout; keywords change
+            what it passes on.
     """
+    config = getattr(site.module.processor, "_parallel_config", None)
+    if config is not None and seq_axis == 1:
+        return _compute_share(site, query, key, value, mask, shape, scale, dense, config)
 
     def dense_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = (seq_second(each, seq_axis) for each in (q, k, v))
@@ -129,6 +141,41 @@ def compute(
     q, k, v = (seq_second(each, seq_axis) for each in (query, key, value))
     result = site.engine.attention(site, q, k, v, mask, shape, scale, dense_here)
     return seq_second(result, seq_axis)
+
+
+def _compute_share(
+    site: Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    shape: Shape | None,
+    scale: float | None,
+    dense: Callable[..., Tensor],
+    config: Any,
+) -> Tensor:
+    """Compute a call whose tokens stand on several processes; see ``parallel.exchange``."""
+    run = site.engine.attention
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        HERE.declined = "gradients are asked for under context parallelism; run under no_grad()"
+        try:
+            return run(site, query, key, value, mask, shape, scale, dense)
+        finally:
+            HERE.declined = None
+
+    def alone(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None) -> Tensor:
+        return dense(q, k, v, attn_mask=given, parallel_config=None)
+
+    def core(
+        q: Tensor, k: Tensor, v: Tensor, given: Tensor | None, plain: parallel.Plain
+    ) -> Tensor:
+        HERE.share = parallel.share_of(config, query.shape[2])
+        try:
+            return run(site, q, k, v, given, shape, scale, plain)
+        finally:
+            HERE.share = None
+
+    return parallel.exchange(core, alone, query, key, value, mask, scale, config, shape)
 
 
 @torch.library.custom_op("dit_sparse::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -146,12 +193,14 @@ def attend_operator(
     here = _SITES[int(site)]
     processor = here.module.processor
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
+        options: dict[str, Any] = {"attn_mask": mask}
+        if scale is not None:
+            options["scale"] = scale
         if seq_axis == 1:
             options["backend"] = getattr(processor, "_attention_backend", None)
             options["parallel_config"] = getattr(processor, "_parallel_config", None)
-        result: Tensor = type(processor).dense(q, k, v, attn_mask=mask, **options)
+        result: Tensor = type(processor).dense(q, k, v, **options | changed)
         return result
 
     frames, height, width, text = shape

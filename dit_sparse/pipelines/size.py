@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_sparse.errors import UnsupportedError
 from dit_sparse.pipelines import family_by_name
+from dit_sparse.pipelines.family import heads_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,14 +93,17 @@ def model_size(
         inputs = family.example(
             model.config, *latents, family.text_tokens if text is None else text
         )
-        grid = family.grid(family.shape(model.config, inputs))
+        shape = family.shape(model.config, inputs)
+        if shape is None:
+            raise UnsupportedError(f"{name}: its own example makes no token grid")
+        grid = family.grid(shape)
         on_meta = {key: _to_meta(value) for key, value in inputs.items()}
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**on_meta)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UnsupportedError(f"{name}: cannot be sized from this config: {error}") from error
     modules = family.attention_modules(model)
-    heads, head_dim = modules[0][1].heads, int(model.config.attention_head_dim)
+    heads, head_dim = heads_of(modules[0][1]), int(model.config.attention_head_dim)
     attention = 4.0 * grid.tokens**2 * heads * head_dim * len(modules)
     return ModelSize(
         class_name=name,

@@ -33,4 +33,16 @@ def example(config: Any, frames: int, height: int, width: int, text: int) -> dic
     return made
 
 
-WAN = Family(name="wan", attention=r"blocks\.\d+\.attn1", shape=shape, example=example)
+WAN = Family(
+    name="wan",
+    attention=r"blocks\.\d+\.attn1",
+    shape=shape,
+    text_free=True,
+    example=example,
+    pipelines=(
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "WanVideoToVideoPipeline",
+        "LucyEditPipeline",
+    ),
+)

@@ -270,6 +270,21 @@ def test_steps_are_read_from_the_sigmas(comfy):
         assert comfy.branch(which) == name
 
 
+def test_a_sampling_that_was_stopped_leaves_nothing_behind(comfy, tmp_path):
+    """Stopped in its first step, where no step tells the next sampling from it."""
+    model = Patcher(WanModel())
+    clusters = Strategy.single("svg2", query_clusters=4, key_clusters=5, top_p=0.5)
+    clusters.save(tmp_path / "s.json")
+    (patched,) = comfy.DitSparseAttention().patch(model, str(tmp_path / "s.json"))
+    (fresh,) = comfy.DitSparseAttention().patch(model, str(tmp_path / "s.json"))
+    first = torch.ones(1)[0]
+    patched.run(steps=[first])
+    override = patched.model_options["transformer_options"]["optimized_attention_override"]
+    assert override.runtime.state_size() > 0
+    assert torch.equal(patched.run(seed=5), fresh.run(seed=5))
+    assert len(override.runtime.report().rows) == LAYERS * STEPS
+
+
 def test_part_of_a_schedule_is_that_part_of_the_strategy(comfy, tmp_path):
     """The dense first step belongs to the other sampler: here nothing is dense for its sake."""
     model = Patcher(WanModel())
@@ -281,10 +296,11 @@ def test_part_of_a_schedule_is_that_part_of_the_strategy(comfy, tmp_path):
     torch.testing.assert_close(patched.run(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_understood_is_dense_and_says_so(comfy):
+def test_what_is_not_understood_is_dense_and_says_so(comfy, tmp_path):
     model = Patcher(WanModel())
     plain = model.run(tokens=GRID.tokens + 6)  # a reference frame before the video
-    (patched,) = comfy.DitSparseAttention().patch(model, "gna")
+    Strategy.single("gna", window=(1, 3, 3), tile=(1, 4, 4)).save(tmp_path / "s.json")
+    (patched,) = comfy.DitSparseAttention().patch(model, str(tmp_path / "s.json"))
     with pytest.warns(UserWarning, match="dense from here on: .*= 72 tokens, attention has 78"):
         torch.testing.assert_close(patched.run(tokens=GRID.tokens + 6), plain, rtol=0, atol=0)
     (strict,) = comfy.DitSparseAttention().patch(model, "gna", strict=True)
@@ -292,11 +308,13 @@ def test_what_is_not_understood_is_dense_and_says_so(comfy):
         strict.run(tokens=GRID.tokens + 6)
     options = dict(patched.model_options["transformer_options"])
     q = tiny.normal(1, GRID.tokens, HEADS * WIDTH)
-    known = {"dit_sparse_layer": 0, "grid_sizes": (3, 4, 6), **options}
-    (patched,) = comfy.DitSparseAttention().patch(model, "gna")
+    known = {"dit_sparse_layer": 0, "grid_sizes": torch.Size((3, 4, 6)), **options}
     with pytest.warns(UserWarning, match="the step of this call is not known"):
         out = attention(q, q, q, HEADS, transformer_options=known)
     assert torch.equal(out, attention(q, q, q, HEADS))
+    known |= {"sigmas": torch.ones(1), "sample_sigmas": torch.tensor([1.0, 0.0])}
+    out = attention(q, q, q, HEADS, transformer_options=known)
+    assert not torch.equal(out, attention(q, q, q, HEADS))
     mask = torch.zeros(GRID.tokens, GRID.tokens).masked_fill_(torch.eye(GRID.tokens) > 0, -9e9)
     out = attention(q, q, q, HEADS, mask, transformer_options=known)
     assert torch.equal(out, attention(q, q, q, HEADS, mask))

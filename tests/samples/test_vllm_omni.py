@@ -205,7 +205,8 @@ def test_a_wrong_count_of_layers_is_found(plugin):
             dispatch(plugin, q, k, v, static, per_forward(step, 4, 1), 0.3)
     (session,) = plugin.sessions.values()
     assert [row["layer"] for row in session.runtime.report().rows] == [0, 1, 2] * 2
-    # A generation that was stopped at step 1: the next one begins at step 0, and is well.
+    # A generation that was stopped within step 1: the next one begins at step 0, and is well.
+    dispatch(plugin, q, k, v, static, per_forward(1, 4, 1), 0.3)
     dispatch(plugin, q, k, v, static, per_forward(0, 4, 1), 0.3)
     assert [row["layer"] for row in session.runtime.report().rows] == [0]
 

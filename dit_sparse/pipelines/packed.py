@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of FLUX's relatives: text, then one picture, packed; only positions know its two sides.
+
+Where reference pictures follow, rows times columns is not the token count: that call is dense.
+"""
+
+from __future__ import annotations
+
+from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.readers import Ids
+
+JOINT_AND_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"
+IMG_IDS = Ids("img_ids")
+REFERENCES = "passes with reference pictures stay dense"
+
+CHROMA = Family(
+    name="chroma",
+    attention=JOINT_AND_SINGLE,
+    shape=IMG_IDS,
+    text_first=True,
+    text_padding=True,
+    shape_input="img_ids",
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    note="its pipelines pass a mask of ones and zeros that diffusers adds to the scores: those "
+    "calls stay dense; a bool mask, or none, is served",
+)
+FLUX2 = Family(
+    name="flux2",
+    attention=JOINT_AND_SINGLE,
+    shape=IMG_IDS,
+    text_first=True,
+    shape_input="img_ids",
+    pipelines=(
+        "Flux2Pipeline",
+        "Flux2KleinPipeline",
+        "Flux2KleinInpaintPipeline",
+        "Flux2KleinKVPipeline",
+    ),
+    note=f"{REFERENCES}, cached (KV) or not",
+)
+FLUX3 = Family(
+    name="flux3",
+    attention=r"(mode_blocks\.image|single_transformer_blocks)\.\d+\.attn",
+    shape=IMG_IDS,
+    text_first=True,
+    text_varies=True,  # the mode blocks hold the picture alone
+    shape_input="img_ids",
+    note=f"run by its modular pipeline; {REFERENCES} in the single-stream layers",
+)
+BRIA = Family(
+    name="bria",
+    attention=JOINT_AND_SINGLE,
+    shape=IMG_IDS,
+    text_first=True,
+    batched_cfg=True,
+    shape_input="img_ids",
+    pipelines=("BriaPipeline",),
+)
+BRIA_FIBO = Family(
+    name="bria_fibo",
+    attention=JOINT_AND_SINGLE,
+    shape=IMG_IDS,
+    text_first=True,
+    text_padding=True,
+    batched_cfg=True,
+    shape_input="img_ids",
+    pipelines=("BriaFiboPipeline", "BriaFiboEditPipeline"),
+    note=REFERENCES,
+)
+LONGCAT_IMAGE = Family(
+    name="longcat_image",
+    attention=JOINT_AND_SINGLE,
+    shape=IMG_IDS,
+    text_first=True,
+    shape_input="img_ids",
+    pipelines=("LongCatImagePipeline", "LongCatImageEditPipeline"),
+    note=REFERENCES,
+)
+OVIS_IMAGE = Family(
+    name="ovis_image",
+    attention=JOINT_AND_SINGLE,
+    shape=IMG_IDS,
+    text_first=True,
+    shape_input="img_ids",
+    pipelines=("OvisImagePipeline",),
+)
+KREA2 = Family(
+    name="krea2",
+    attention=r"transformer_blocks\.\d+\.attn",
+    shape=Ids("position_ids", joint=True),
+    text_first=True,
+    text_padding=True,
+    shape_input="position_ids",
+    pipelines=("Krea2Pipeline",),
+)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of models whose main attention holds text, then video or picture tokens.
+
+"Text" is all that stands before the video and is always computed: a prompt, registers, history
+frames of a coarser grid, sound.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.readers import ENCODER, Latents, Listed
+
+if TYPE_CHECKING:
+    from dit_sparse.pipelines.family import Shape
+
+ATTN1 = r"transformer_blocks\.\d+\.attn1"
+LAYERS = r"layers\.\d+\.attn"
+PICTURE = Latents(("bchw",), text=ENCODER)
+# Helios packs older history into coarser tokens: how many patches to one, along each axis.
+HISTORY = {
+    "latents_history_short": (1, 1),
+    "latents_history_mid": (2, 2),
+    "latents_history_long": (4, 4),
+}
+IDEOGRAM_PICTURE = 2  # what diffusers writes into the indicator
+
+
+def helios(config: Any, inputs: dict[str, Any]) -> Shape:
+    """Read `hidden_states` [b, c, t, h, w], and the frames of history that stand before it."""
+    patch_t, patch_h, patch_w = config.patch_size
+    _, _, frames, height, width = inputs["hidden_states"].shape
+    before = 0
+    for name, (coarse_t, coarse) in HISTORY.items():
+        history = inputs.get(name)
+        if history is not None and inputs.get(f"indices_{name}") is not None:
+            _, _, h_frames, h_height, h_width = history.shape
+            before += (
+                -(-h_frames // (patch_t * coarse_t))
+                * -(-h_height // (patch_h * coarse))
+                * -(-h_width // (patch_w * coarse))
+            )
+    return frames // patch_t, height // patch_h, width // patch_w, before
+
+
+def bria_fibo2(config: Any, inputs: dict[str, Any]) -> Shape | None:
+    """Read `hidden_states` [b, c, h, w].
+
+    A prompt becomes at most so many tokens as the config says; with prompts of several lengths
+    they stand behind the picture and are masked: that pass stays dense, as do reference pictures.
+    """
+    if inputs.get("context_latents"):
+        return None
+    _, _, height, width = inputs["hidden_states"].shape
+    patch = config.patch_size
+    return 1, height // patch, width // patch, config.max_num_gist_tokens
+
+
+def ideogram4(config: Any, inputs: dict[str, Any]) -> Shape | None:  # noqa: ARG001
+    """Read `position_ids` [b, tokens, 3] of the tokens that `indicator` calls the picture's.
+
+    Padding, prompt and picture stand in one sequence, padding in front.
+    """
+    picture = inputs["indicator"] == IDEOGRAM_PICTURE
+    tokens = int(picture[0].sum())
+    if not tokens or not bool(picture[:, -tokens:].all()) or bool(picture[:, :-tokens].any()):
+        return None
+    position = inputs["position_ids"][0]
+    extent = position[-1] - position[-tokens]
+    return 1, int(extent[1]) + 1, int(extent[2]) + 1, picture.shape[1] - tokens
+
+
+def minimax_h3(config: Any, inputs: dict[str, Any]) -> Shape | None:  # noqa: ARG001
+    """Read `position_ids` [tokens, 3] (time, row, column) of the last run of `video_indices`.
+
+    One sequence holds prompt, keyframes, sound and video, placed by indices; the video that is
+    generated stands last, and all before it counts as text.
+    """
+    video = inputs["video_indices"]
+    tokens = inputs["position_ids"].shape[0]
+    if int(video[-1]) != tokens - 1:
+        return None
+    gaps = (video.diff() != 1).nonzero()
+    start = int(video[int(gaps[-1]) + 1]) if len(gaps) else int(video[0])
+    position = inputs["position_ids"][start:]
+    frame = int((position[:, 0] == position[0, 0]).sum())
+    width = int((position[:frame, 1] == position[0, 1]).sum())
+    if (tokens - start) % frame or frame % width:
+        return None
+    return (tokens - start) // frame, frame // width, width, start
+
+
+EASYANIMATE = Family(
+    name="easyanimate",
+    attention=ATTN1,
+    shape=Latents(("bcthw",), text=(*ENCODER, "encoder_hidden_states_t5")),
+    text_first=True,
+    batched_cfg=True,
+    pipelines=(
+        "EasyAnimatePipeline",
+        "EasyAnimateInpaintPipeline",
+        "EasyAnimateControlPipeline",
+    ),
+)
+CONSISID = Family(
+    name="consisid",
+    attention=ATTN1,
+    shape=Latents(("btchw",), text=ENCODER),
+    text_first=True,
+    batched_cfg=True,
+    pipelines=("ConsisIDPipeline",),
+)
+COGVIEW3_PLUS = Family(
+    name="cogview3_plus",
+    attention=ATTN1,
+    shape=PICTURE,
+    text_first=True,
+    batched_cfg=True,
+    pipelines=("CogView3PlusPipeline",),
+)
+COGVIEW4 = Family(
+    name="cogview4",
+    attention=ATTN1,
+    shape=PICTURE,
+    text_first=True,
+    pipelines=("CogView4Pipeline", "CogView4ControlPipeline"),
+)
+GLM_IMAGE = Family(
+    name="glm_image",
+    attention=ATTN1,
+    shape=PICTURE,
+    text_first=True,
+    pipelines=("GlmImagePipeline",),
+    note="edits with cached keys of reference pictures stay dense",
+)
+AURAFLOW = Family(
+    name="auraflow",
+    attention=r"(joint|single)_transformer_blocks\.\d+\.attn",
+    shape=Latents(("bchw",), text=ENCODER, registers=8),
+    text_first=True,
+    batched_cfg=True,
+    pipelines=("AuraFlowPipeline",),
+)
+LUMINA2 = Family(
+    name="lumina2",
+    attention=LAYERS,
+    shape=PICTURE,
+    text_first=True,
+    text_padding=True,
+    text_varies=True,  # padding is cut out
+    timestep="",  # 1 - t / 1000
+    pipelines=("Lumina2Pipeline",),
+    note="a batch of prompts of several lengths stays dense: its pictures do not start together",
+)
+BRIA_FIBO2 = Family(
+    name="bria_fibo2",
+    attention=r"layers\.\d+\.attention",
+    shape=bria_fibo2,
+    text_first=True,
+    text_varies=True,
+    pipelines=("BriaFibo2Pipeline",),
+    note="reference pictures, and batches of prompts of several lengths, stay dense",
+)
+HELIOS = Family(
+    name="helios",
+    attention=r"blocks\.\d+\.attn1",
+    shape=helios,
+    text_first=True,
+    pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
+)
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    attention=r"transformer_blocks\.\d+\.attn",
+    shape=Listed("img_shapes"),
+    text_first=True,
+    text_padding=True,
+    pipelines=(
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+        "QwenImageEditInpaintPipeline",
+        "QwenImageLayeredPipeline",
+    ),
+    note="reference pictures of another size than the output stay dense",
+)
+IDEOGRAM4 = Family(
+    name="ideogram4",
+    attention=r"layers\.\d+\.attention",
+    shape=ideogram4,
+    text_first=True,
+    text_padding=True,
+    timestep="",  # 1 - t / 1000
+    shape_input="indicator",
+    pipelines=("Ideogram4Pipeline",),
+    note="its pipeline's second transformer, for the picture without a prompt, is left alone: "
+    "enable it by itself, with scheduler=",
+)
+MINIMAX_H3 = Family(
+    name="minimax_h3",
+    attention=r"transformer_blocks\.\d+\.attn",
+    shape=minimax_h3,
+    text_first=True,
+    shape_input="position_ids",
+    note="run by its modular pipeline; the prompt's refiner is left alone",
+)

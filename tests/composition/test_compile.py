@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile: as many graphs as the stock model, the same latents, no recompilation."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+
+import dit_sparse
+from tests import tiny
+from tests.composition.features import FEATURES
+from tests.composition.switches import quietly
+from tests.composition.table import FAMILIES, Cannot, Works, cells
+from tests.composition.test_features import SPARSE, alone, build, enable, is_plain
+
+OPTIONS = {
+    "radial": {"form": "paper", "decay_factor": 0.3, "block_size": 8},
+    "adaspa": SPARSE,
+}
+NO_REGIONS = Cannot("diffusers names no repeated blocks (_repeated_blocks) for this model")
+SMALLER = {
+    "wan": {"height": 48, "width": 64, "num_frames": 5},
+    "hunyuan_video": {"height": 32, "width": 48, "num_frames": 5},
+    "cogvideox": {"height": 48, "width": 64, "num_frames": 5},
+    "flux": {"height": 16, "width": 24},
+    "pixart_sigma": {"height": 96, "width": 112},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    restart()
+    yield
+    restart()
+
+
+def restart():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def places(handle):
+    return [(row["step"], row["layer"], row["branch"]) for row in handle.report().rows]
+
+
+def close(one, other):
+    return torch.allclose(one, other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+@cells("torch.compile: whole model, fullgraph, dynamic shapes", quick=("flux",))
+def test_whole_model(family, verdict):
+    assert isinstance(verdict, Works)
+    stock, plain = alone(family)
+    pipe, args = build(family)
+    smaller = {**args, **SMALLER[family]}
+    with enable(pipe):
+        plain_smaller = tiny.run(pipe, smaller)
+    options = {"backend": "eager", "fullgraph": True, "dynamic": True}
+
+    pipe.transformer.compile(**options)
+    assert close(tiny.run(pipe, args), stock)
+    one_size = graphs()
+    tiny.run(pipe, smaller)
+    needed = graphs()
+
+    for compiled_first in (True, False):
+        restart()
+        pipe, _ = build(family)
+        if compiled_first:
+            pipe.transformer.compile(**options)
+        handle = enable(pipe)
+        if not compiled_first:
+            pipe.transformer.compile(**options)
+        assert close(tiny.run(pipe, args), plain)
+        assert graphs() == one_size
+        wanted = places(handle)
+        assert close(tiny.run(pipe, args), plain)
+        assert places(handle) == wanted
+        assert graphs() == one_size  # nothing new over steps and generations
+        assert close(tiny.run(pipe, smaller), plain_smaller)
+        assert graphs() == needed
+        assert not handle.report().reasons
+    pipe.disable_sparse_attention()
+    assert is_plain(pipe)
+    assert close(tiny.run(pipe, args), stock)
+    enable(pipe, dense=True)
+    assert close(tiny.run(pipe, args), stock)
+
+
+REGIONAL = dict.fromkeys(("cogvideox", "pixart_sigma"), NO_REGIONS)
+
+
+@cells(
+    "torch.compile: regional (compile_repeated_blocks, fullgraph)",
+    REGIONAL,
+    quick=("cogvideox", "pixart_sigma"),
+)
+def test_regional(family, verdict):
+    pipe, args = build(family)
+    if isinstance(verdict, Cannot):
+        with pytest.raises(ValueError, match="_repeated_blocks"):
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        return
+    stock, plain = alone(family)
+    options = {"backend": "eager", "fullgraph": True}
+    pipe.transformer.compile_repeated_blocks(**options)
+    assert close(tiny.run(pipe, args), stock)
+    needed = graphs()
+    for compiled_first in (True, False):
+        restart()
+        pipe, _ = build(family)
+        if compiled_first:
+            pipe.transformer.compile_repeated_blocks(**options)
+        handle = enable(pipe)
+        if not compiled_first:
+            pipe.transformer.compile_repeated_blocks(**options)
+        for _ in range(2):
+            assert close(tiny.run(pipe, args), plain)
+            assert graphs() == needed
+        assert not handle.report().reasons
+        pipe.disable_sparse_attention()
+        assert close(tiny.run(pipe, args), stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(OPTIONS))
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video_guided", "cogvideox_1.5", *FAMILIES[3:]])
+def test_a_compiled_transformer_put_into_the_pipeline_is_one_graph(name, method):
+    pipe, args = tiny.PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    with dit_sparse.sparse_attention(pipe, method, strict=True, **OPTIONS[method]) as handle:
+        eager, wanted = tiny.run(pipe, args), places(handle)
+    stock = pipe.transformer
+    pipe.transformer = torch.compile(stock, backend="aot_eager", fullgraph=True)
+    with dit_sparse.sparse_attention(pipe, method, strict=True, **OPTIONS[method]) as handle:
+        compiled = tiny.run(pipe, args)
+        assert places(handle) == wanted
+        assert handle.report().sparse_rows
+    assert graphs() == 1
+    assert close(compiled, eager)
+
+
+@pytest.mark.slow
+def test_twelve_layers_are_one_region():
+    counts = []
+    for sparse in (False, True):
+        restart()
+        pipe, args = tiny.wan(layers=12)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        if sparse:
+            pipe.enable_sparse_attention("adaspa", strict=True, **SPARSE)
+        assert tiny.run(pipe, args).isfinite().all()
+        counts.append(graphs())
+    assert counts == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["model_offload", "lora", "first_block", "group_leaf"])
+def test_compiled_regions_beside_a_third_feature(key):
+    on = quietly(FEATURES[key].on)
+    pipe, args = build("wan")
+    on(pipe, args)
+    enable(pipe)
+    eager = tiny.run(pipe, args)
+    assert torch.equal(tiny.run(pipe, args), eager)
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        restart()
+        pipe, args = build("wan")
+        steps = (
+            lambda: on(pipe, args),  # noqa: B023  (called at once)
+            lambda: enable(pipe),  # noqa: B023
+            lambda: pipe.transformer.compile_repeated_blocks(backend="eager"),  # noqa: B023
+        )
+        for i in order:
+            steps[i]()
+        for _ in range(2):
+            assert close(tiny.run(pipe, args), eager)
+        assert not pipe.sparse_attention.report().reasons
+
+
+@pytest.mark.slow
+def test_processors_set_after_compiling_the_whole_model_are_taken_up():
+    pipe, args = build("cogvideox")
+    pipe.transformer.fuse_qkv_projections()
+    handle = enable(pipe)
+    fused, wanted = tiny.run(pipe, args), places(handle)
+    pipe, args = build("cogvideox")
+    handle = enable(pipe)
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    tiny.run(pipe, args)
+    pipe.transformer.fuse_qkv_projections()
+    assert close(tiny.run(pipe, args), fused)
+    assert places(handle) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("whole", [False, True])
+def test_inductor(whole):
+    stock, plain = alone("wan")
+    pipe, args = build("wan")
+    enable(pipe)
+    if whole:
+        pipe.transformer.compile(fullgraph=True)
+    else:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    assert torch.allclose(tiny.run(pipe, args), plain, rtol=0, atol=1e-3)
+    pipe.disable_sparse_attention()
+    assert torch.allclose(tiny.run(pipe, args), stock, rtol=0, atol=1e-3)
+
+
+def test_the_operator_obeys_the_rules_of_operators():
+    pipe, args = tiny.wan(layers=1)
+    pipe.set_progress_bar_config(disable=True)
+    handle = pipe.enable_sparse_attention("radial", **OPTIONS["radial"])
+    tiny.run(pipe, args)
+    handle.at(0, 4)
+    site = handle._sites[0]
+    query, key, value = (tiny.normal(1, 72, 2, 12, seed=i) for i in range(3))
+    call = (query, key, value, None, site.id, [3, 4, 6, 0], None, 1)
+    torch.library.opcheck(torch.ops.dit_sparse.attend.default, call)
