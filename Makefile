@@ -95,7 +95,7 @@ $(VENV)/.use: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
 
 $(VENV)/.dev: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
 	@echo "Installing dit_sparse with its tests into $(VENV): the first time takes a minute or two"
-	@$(PIP) install -e ".[dev,quality,distill]"
+	@$(PIP) install -e ".[dev,quality,distill,docs]"
 	@touch $@ $(VENV)/.use
 
 $(VENV)/.docs: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch

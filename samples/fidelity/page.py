@@ -32,7 +32,8 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
 - *density*: measured over all calls of the generation, steps on which a method searches or
   refreshes counted as 1. Every step and layer is sparse, which is harder than any published
   setting: those leave the first steps and layers dense.
-- *right*: clips in which the checker (`samples/train/checker.py`) reads all that the prompt says.
+- *right*: clips (or pictures) in which the checker (`samples/train/checker.py`, `read_scene.py`)
+  reads all that the prompt says.
 - *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
   prompts and seeds. `sparse_vdit`: its own rule per head, lambda set for the density.
 - *noise floor*: dense again with another SDPA backend.

@@ -12,13 +12,12 @@ from families.base import HALVES
 from torch import nn
 
 
-def take(module: nn.Module, path: Path, *, allow_untrained: bool) -> None:
+def take(module: nn.Module, path: Path) -> None:
     """Load the averaged weights of a checkpoint into ``module``."""
-    if path.exists():
-        module.load_state_dict(torch.load(path)["average"])
-    elif not allow_untrained:
-        message = f"{path.name} is missing; train it first or pass --allow-untrained"
+    if not path.exists():
+        message = f"{path} is missing; train it first"
         raise FileNotFoundError(message)
+    module.load_state_dict(torch.load(path)["average"])
 
 
 def main() -> None:
@@ -29,14 +28,12 @@ def main() -> None:
         "checkpoints", type=Path, help="folder with dit.pt, decoder.pt, encoder.pt"
     )
     parser.add_argument("pipeline", type=Path, help="folder to write")
-    parser.add_argument("--allow-untrained", action="store_true")
     args = parser.parse_args()
     family = make_family(args.family)
     transformer, vae = family.make_transformer(), family.make_autoencoder()
-    take(transformer, args.checkpoints / "dit.pt", allow_untrained=args.allow_untrained)
+    take(transformer, args.checkpoints / "dit.pt")
     for name in HALVES:
-        path = args.checkpoints / f"{name}.pt"
-        take(family.half(vae, name), path, allow_untrained=args.allow_untrained)
+        take(family.half(vae, name), args.checkpoints / f"{name}.pt")
     # text encoders stay float32: they are small
     pipeline = family.make_pipeline(transformer.half(), vae.half())
     args.pipeline.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from checker import check
-from data import Scene, full_caption, sample, short_caption
+from data import MOTIONS, SHAPES, Scene, full_caption, sample, short_caption
 from diffusers import DiffusionPipeline
 from families.base import call_settings
 from PIL import Image
@@ -54,20 +55,24 @@ def save_strip(video: torch.Tensor, path: Path) -> None:
 
 
 def summarize(path: Path) -> None:
-    """Print the share of right clips over all rows of the CSV file."""
+    """Print the model card's table: right clips among all rows of the CSV file, and by word."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     groups = {
         "all": rows,
-        "seen combinations": [row for row in rows if row["held_out"] == "False"],
+        "combinations from training": [row for row in rows if row["held_out"] == "False"],
         "held-out combinations": [row for row in rows if row["held_out"] == "True"],
-    }
+        "short form": [row for row in rows if "background" not in row["prompt"]],
+        "long form": [row for row in rows if "background" in row["prompt"]],
+    } | {word: [row for row in rows if word in row["prompt"]] for word in (*SHAPES, *MOTIONS)}
+    print("| prompts | colour | motion | shape | all three |\n|---|---|---|---|---|")
     for name, group in groups.items():
-        parts = []
-        for word in ("colour", "shape", "motion", "right"):
-            right = sum(row[word] == "True" for row in group)
-            parts.append(f"{word} {right}/{len(group)}")
-        print(f"{name}: {', '.join(parts)}")
+        cells = [
+            f"{sum(row[word] == 'True' for row in group)}/{len(group)}"
+            for word in ("colour", "motion", "shape", "right")
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"mean overlap of outlines: {mean(float(row['overlap']) for row in rows):.2f}")
 
 
 def main() -> None:

@@ -53,22 +53,28 @@ def row_of(number: int, world: World, prompt: str, reading: SceneReading) -> dic
 
 
 def summarize(path: Path) -> None:
-    """Print the share of right objects and of right pictures over all rows of the CSV file."""
+    """Print the model card's table: right objects and right pictures among all rows of the CSV."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     groups = {
         "all": rows,
-        "seen combinations": [row for row in rows if row["held_out"] == "False"],
-        "held-out combinations": [row for row in rows if row["held_out"] == "True"],
-    } | {f"{n} objects": [row for row in rows if row["objects"] == n] for n in "123"}
+        "combinations from training": [row for row in rows if row["held_out"] == "False"],
+        "with a held-out combination": [row for row in rows if row["held_out"] == "True"],
+    } | {
+        f"{n} object{'s' * (n > 1)}": [r for r in rows if r["objects"] == f"{n}"]
+        for n in (1, 2, 3)
+    }
+    print("| pictures | colour | shape | place | whole picture |\n|---|---|---|---|---|")
     for name, group in groups.items():
         total = sum(int(row["objects"]) for row in group)
-        parts = [
-            f"{word} {sum(int(row[word]) for row in group)}/{total}"
+        cells = [
+            f"{sum(int(row[word]) for row in group)}/{total}"
             for word in ("colour", "shape", "place")
         ]
         whole = sum(row["right"] == "True" for row in group)
-        print(f"{name}: {', '.join(parts)}, whole picture {whole}/{len(group)}")
+        print(f"| {name} | {' | '.join(cells)} | {whole}/{len(group)} |")
+    extras = sum(row["extras"] == "True" for row in rows)
+    print(f"pictures with a colour that nobody asked for: {extras}")
 
 
 def main() -> None:

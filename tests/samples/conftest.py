@@ -6,7 +6,7 @@ import sys
 import pytest
 from diffusers import DiffusionPipeline
 
-from tests.samples.built import SAMPLES, folder_of
+from tests.samples.built import SAMPLES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,8 +18,8 @@ def scripts_on_path():
 
 
 @pytest.fixture(scope="module")
-def folder(request, tmp_path_factory):
-    return folder_of(request.module.FAMILY, tmp_path_factory)
+def folder(request):
+    return SAMPLES / f"{request.module.FAMILY}-tiny"
 
 
 @pytest.fixture(scope="module")

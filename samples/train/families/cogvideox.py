@@ -60,7 +60,7 @@ class CogVideoX(VideoFamily):
             "width": 128,
             "num_frames": 33,
             "num_inference_steps": 20,
-            "guidance_scale": 4.0,
+            "guidance_scale": 3.0,
             "fps": 12,
         }
     )
