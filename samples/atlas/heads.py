@@ -41,7 +41,7 @@ class Head:
         top25: Mass that each query block finds in its heaviest quarter of key blocks, mean.
         local: Mass on the same place in the same frame.
         temporal: Mass on the same place in other frames; 0 for a picture.
-        frame: Mass on the query's own frame; 1 for a picture.
+        frame: Mass on the query's own frame; for a picture, all but the text's.
         stripe: Mass on the quarter of key tokens that all queries together look at most.
         text: Mass on text.
         entropy: Of the softmax, over that of uniform attention.
@@ -161,7 +161,7 @@ def role(shares: dict[str, float], uniform: dict[str, float]) -> str:
         return "diagonal"
     if gained("local", "temporal") >= DIAGONAL:
         return "multi-diagonal"
-    if gained("frame") >= FRAME:
+    if uniform["temporal"] > 0 and gained("frame") >= FRAME:  # a picture is all one frame
         return "frame"
     if gained("stripe") >= STRIPED:
         return "stripe"
