@@ -11,8 +11,8 @@ throughout. A choice made at the first step is too optimistic for such heads at 
 """,
     "flux-tiny": """
 The sharpest of the five: heads find two thirds of their mass in a quarter of the blocks, and
-hardly any is diffuse. Queries of the picture give the text little (0.96 to 0.98 of the mass is on the
-picture, 0.82 would be even). The maps of a sharp and of a skippable head are bands of the rows
+hardly any is diffuse. Queries of the picture give the text little (0.96 to 0.98 of the mass is on
+the picture, 0.82 would be even). The maps of a sharp and of a skippable head are bands of the rows
 around the query's own, narrow and wide: 48 tokens a row are less than a block. Ten of 24 heads are
 skippable, most of them sharp as well: what they gather is near the mean value all the same.
 """,

@@ -144,17 +144,23 @@ def test_a_call_that_is_not_understood_raises_instead_of_training_dense():
     pipe, args = setup.pipeline()
     model = pipe.transformer
     handle = TrainableAttention(model, Strategy.single("radial", block_size=16))
-    handle.stages["transformer"].family.grid  # noqa: B018 (it is what is broken next)
-    object.__setattr__(handle.stages["transformer"], "family", _Wrong())
+    stage = handle.stages["transformer"]
+    object.__setattr__(stage, "family", _Wrong(stage.family))
     with pytest.raises(GeometryError, match="forbids to stay dense"):
         outputs(model, args, handle, 0, grad=True)
     handle.remove()
 
 
 class _Wrong:
-    name, batched_cfg, text_padding = "wrong", False, False
+    """A family whose grid has another number of tokens than attention gets."""
 
-    def grid(self, shape):
+    def __init__(self, family):
+        self.family = family
+
+    def __getattr__(self, name):
+        return getattr(self.family, name)
+
+    def grid(self, *_):
         return LatentsGrid(1, 1, 1)
 
 
