@@ -101,10 +101,14 @@ class Maker:
 
 
 def sparse_vdit_choices(density: float, profile: Profile) -> dict[Any, tuple[int, ...]]:
-    """Find Sparse-vDiT's own choices, its lambda bisected (on a log scale) for a density."""
+    """Find Sparse-vDiT's own choices, its lambda bisected (on a log scale) for a density.
+
+    Where its patterns cannot have so few pairs, the fewest that they can.
+    """
     own = [i for i, c in enumerate(profile.candidates, 1) if c.method == "sparse_vdit"]
     low, high = LAMBDAS
-    choices: dict[Any, tuple[int, ...]] = {}
+    found: dict[Any, tuple[int, ...]] = {}
+    choices: dict[Any, tuple[int, ...]] | None = None
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         kept = weight = 0.0
@@ -120,4 +124,4 @@ def sparse_vdit_choices(density: float, profile: Profile) -> dict[Any, tuple[int
             low = middle
         else:
             high, choices = middle, found
-    return choices
+    return found if choices is None else choices
