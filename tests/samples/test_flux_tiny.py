@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-import dit_sparse
 from tests.samples.built import assert_small
 
 FAMILY = "flux"
@@ -120,18 +119,6 @@ def test_packing_is_the_pipelines(pipeline):
     packed = pipeline._pack_latents(latents, 2, 8, 12, 8)
     assert torch.equal(pack(latents), packed)
     assert torch.equal(unpack(packed, 6, 4), latents)
-
-
-def test_keeping_everything_equals_dense_attention(pipeline):
-    dense = generate(pipeline, output_type="latent")
-    with dit_sparse.sparse_attention(
-        pipeline, "pooled", density=1.0, block_size=64, strict=True
-    ) as handle:
-        sparse = generate(pipeline, output_type="latent")
-        report = handle.report()
-    assert report.density == 1.0
-    assert not report.reasons
-    assert ((sparse - dense).abs().max() / dense.abs().max()).item() < 1e-4
 
 
 def test_guidance_by_a_second_prompt_changes_the_picture(pipeline):
