@@ -13,7 +13,7 @@ Past 300 lines, as it is one call's way from end to end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from dit_sparse.call import AttentionCall
 from dit_sparse.envelope import Envelope, regroup, without
 from dit_sparse.errors import AttachError, GeometryError
 from dit_sparse.head_groups import head_index, merge_plans, select_heads
+from dit_sparse.head_share import numbered, renumber, within
+from dit_sparse.memory import Memory
 from dit_sparse.nbytes import nbytes
 from dit_sparse.pipelines import masks
 from dit_sparse.pipelines.site import HERE
@@ -78,37 +80,6 @@ class Planned(NamedTuple):
     method: Any
     place: tuple[str, int, str, int | None]
     kept: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Memory:
-    """What is remembered from call to call; a generation's part is freed when it ends."""
-
-    states: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
-    shared: dict[Hashable, Any] = field(default_factory=dict)
-    passes: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
-    batches: dict[Hashable, int] = field(default_factory=dict)
-    masks_checked: dict[Hashable, bool] = field(default_factory=dict)
-    """Whether the padding that a (stage, branch)'s mask hides stands at the end of the text."""
-    grids: set[LatentsGrid] = field(default_factory=set)
-    peak: int = 0
-    # The sizes of states as last seen, kept up to date so that a report costs no walk per call.
-    sizes: dict[Hashable, int] = field(default_factory=dict)
-
-    def free_generation(self) -> None:
-        """Drop all that belongs to one generation."""
-        for part in (self.states, self.passes, self.batches, self.masks_checked, self.sizes):
-            part.clear()
-
-    def note(self, key: Hashable) -> None:
-        """Measure one state after its call."""
-        self.sizes[key] = nbytes(self.states[key])
-        self.peak = max(self.peak, sum(self.sizes.values()))
-
-    def drop(self, key: Hashable) -> None:
-        """Free one state."""
-        self.states.pop(key, None)
-        self.sizes.pop(key, None)
 
 
 class SparseEngine:
@@ -210,7 +181,7 @@ class SparseEngine:
             output = self._in_order(site, call, dense, record)
         watch.stop()
         if HERE.share is not None:
-            _renumber(record, HERE.share.first)
+            renumber(record, HERE.share.first)
         self.records.append(record)
         return output
 
@@ -352,7 +323,7 @@ class SparseEngine:
                     "and the profiler and inspect look at all of them: do so on one GPU, on a "
                     "model without enable_parallelism"
                 )
-            groups = _within(groups, share.first, len(call.heads))
+            groups = within(groups, share.first, len(call.heads))
         groups, gone = self._take_back(call, groups, record)
         output = None if len(groups) == 1 else torch.empty_like(call.value)
         planned: list[Planned] = []
@@ -362,7 +333,7 @@ class SparseEngine:
             place = (call.stage, call.layer, call.branch, rule)
             if method is not None:
                 part.state = self.memory.states.setdefault(place, {})
-                plan = method.plan(_numbered(part), self.backends)
+                plan = method.plan(numbered(part), self.backends)
             kept = heads if method is None else tuple(h for h in heads if h not in gone)
             if plan is not None and kept != heads:
                 plan = without(plan, heads, gone)
@@ -462,7 +433,7 @@ class SparseEngine:
             part.recall = self._recall(call, lse)
         gone = tuple(head for head in call.heads if head not in group.kept)
         record.parts.append(part.without(gone) if gone else part)
-        finished: Tensor = group.method.finish(_numbered(call), output, lse, self.backends)
+        finished: Tensor = group.method.finish(numbered(call), output, lse, self.backends)
         self._mind(call, group.place)
         return finished
 
@@ -506,29 +477,6 @@ class SparseEngine:
     def state_size(self) -> int:
         """Bytes held now: per-call state and plans shared by all calls."""
         return nbytes(self.memory.states) + nbytes(self.memory.shared)
-
-
-def _within(groups: Sequence[Choice], first: int, count: int) -> list[Choice]:
-    """Narrow groups to the heads from ``first`` on, numbered from 0; leave out empty ones."""
-    own = [
-        Choice(rule, method, tuple(head - first for head in heads if 0 <= head - first < count))
-        for rule, method, heads in groups
-    ]
-    return [each for each in own if each.heads]
-
-
-def _numbered(call: AttentionCall) -> AttentionCall:
-    """Give a call's heads the model's numbers; tensors and state are the same objects."""
-    if HERE.share is None:
-        return call
-    return replace(call, heads=tuple(HERE.share.first + head for head in call.heads))
-
-
-def _renumber(record: CallRecord, first: int) -> None:
-    """Give a record's heads the model's numbers."""
-    for part in record.parts:
-        part.heads = tuple(first + head for head in part.heads)
-    record.returned = tuple(first + head for head in record.returned)
 
 
 def _places(group: Planned) -> slice | list[int]:

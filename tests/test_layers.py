@@ -36,7 +36,8 @@ LAYERS = {
     "video": Layer(("video",), ("base",)),
     "apply": Layer(("apply", "runtime"), ("engine", "strategy", "pipelines", "forecast")),
     "engine": Layer(
-        ("engine", "envelope", "guarantee", "head_groups"), ("strategy", "pipelines", "report")
+        ("engine", "envelope", "guarantee", "head_groups", "head_share", "memory"),
+        ("strategy", "pipelines", "report"),
     ),
     "forecast": Layer(("forecast",), ("strategy", "backends", "pipelines")),
     "report": Layer(("report", "probe"), ("ops", "reference")),
