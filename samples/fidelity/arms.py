@@ -2,14 +2,17 @@
 """Make the strategies that a fidelity table compares: each method alone, and the profiler's mix.
 
 At one density, so that quality can be compared: each method's own knob is bisected until it
-keeps that share of the pairs, steps on which it searches or refreshes counted as dense. Knobs are
-set and heads profiled on calibration prompts; the table's densities are measured on others.
+keeps that share of the pairs, steps on which it searches or refreshes counted as dense. Text
+is exact in every method, so where the sequence has text the share is of the video's pairs alone.
+Knobs are set and heads profiled on calibration prompts; the table's densities are measured on
+others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
@@ -20,6 +23,7 @@ from dit_sparse.profiler.build import figures, rules_of
 from dit_sparse.profiler.search import sparse_vdit_rule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from dit_sparse.call import AttentionCall
@@ -28,9 +32,16 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.02  # of density; a method that cannot come nearer is left out, with the figure
 MARGIN = 0.005  # of density, that other prompts may need more
-LAMBDAS = (1e-4, 1e4)  # between which Sparse-vDiT's is searched
-BISECTIONS = 18
+LAMBDA = 0.5  # Sparse-vDiT's
+LEAST, MOST = 1e-4, 1e4  # between which its epsilon and, where that is not enough, lambda are set
+BISECTIONS = 24
+PATTERNS = ",".join(f"sparse_vdit:patterns={name}" for name in ("skip", "vertical_stripe"))
 BANDS = Bands((0.0, 1 / 3, 2 / 3, 1.0))
+
+
+def overall(density: float, video_share: float) -> float:
+    """Give the density of all pairs where ``density`` of the video's are kept, and all others."""
+    return 1 - video_share * (1 - density)
 
 
 @dataclass
@@ -61,13 +72,22 @@ class Maker:
         """Record a dense generation."""
         return record(self.pipe, {**self.settings, "prompt": self.prompts[0]}, 0)
 
+    @cached_property
+    def video_share(self) -> float:
+        """The share of all pairs that are of the video's (picture's) tokens alone."""
+        call = self.calls[0]
+        queries, keys = (
+            layout.lengths.sum(-1) for layout in (call.layout(64), call.key_layout(64))
+        )
+        return float((call.grid.video_tokens**2 / (queries * keys).double()).mean())
+
     def strategy(self, method: str, density: float) -> tuple[Strategy, float]:
         """Make one.
 
         Args:
             method: Of `KNOBS`, or "sparse_vdit" (its own rule per head), or "mixed" (the
                 profiler's search over all methods).
-            density: To be had.
+            density: To be had, of all pairs.
 
         Returns:
             The strategy, and the density it is predicted to have.
@@ -80,6 +100,7 @@ class Maker:
             arguments=self.settings,
             wish=Wish(density=density - MARGIN),
             bands=BANDS,
+            candidates=f"default,{PATTERNS}",
             costs="assumed",
             check=False,
             name=f"{method}-{100 * density:g}",
@@ -88,11 +109,11 @@ class Maker:
         assert found is not None
         strategy = found.strategy
         if method == "sparse_vdit":
-            choices = sparse_vdit_choices(density, found)
+            choices, weight, epsilon = sparse_vdit_choices(density - MARGIN, found)
             receipt = strategy.receipt.model_copy(
                 update={
                     "measured": figures(choices, found.rows),
-                    "note": f"Sparse-vDiT's rule, lambda set for a density of {density:g}",
+                    "note": f"Sparse-vDiT's rule, lambda {weight:.3g}, epsilon {epsilon:.3g}",
                 }
             )
             rules = rules_of(choices, found.candidates, BANDS)
@@ -100,28 +121,41 @@ class Maker:
         return strategy, strategy.receipt.measured["density"]
 
 
-def sparse_vdit_choices(density: float, profile: Profile) -> dict[Any, tuple[int, ...]]:
-    """Find Sparse-vDiT's own choices, its lambda bisected (on a log scale) for a density.
+def sparse_vdit_choices(density: float, profile: Profile) -> tuple[dict[Any, Any], float, float]:
+    """Set Sparse-vDiT's rule for a density.
 
-    Where its patterns cannot have so few pairs, the fewest that they can.
+    Its lambda is the published one and epsilon, above which a head stays dense, is bisected on a
+    log scale; where no head is dense and too many pairs are kept still, lambda is raised.
+
+    Returns:
+        The choices, lambda, epsilon.
     """
     own = [i for i, c in enumerate(profile.candidates, 1) if c.method == "sparse_vdit"]
-    low, high = LAMBDAS
-    found: dict[Any, tuple[int, ...]] = {}
-    choices: dict[Any, tuple[int, ...]] | None = None
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5
-        kept = weight = 0.0
+
+    def choose(weight: float, epsilon: float) -> dict[Any, tuple[int, ...]]:
         found = {}
         for key, row in profile.rows.items():
             told = sparse_vdit_rule(
-                row.error[:, own] ** 0.5, row.density[:, own], weight=middle, epsilon=1.0
+                row.error[:, own] ** 0.5, row.density[:, own], weight=weight, epsilon=epsilon
             )
             found[key] = tuple(0 if one == 0 else own[one - 1] for one in told)
-            kept += row.steps * sum(row.density[h, c] for h, c in enumerate(found[key]))
-            weight += row.steps * len(told)
-        if kept / weight > density:
-            low = middle
-        else:
-            high, choices = middle, found
-    return found if choices is None else choices
+        return found
+
+    def fits(weight: float, epsilon: float) -> bool:
+        choices = choose(weight, epsilon)
+        return bool(figures(choices, profile.rows)["density"] <= density)
+
+    weight, epsilon = LAMBDA, inf
+    if fits(weight, inf):
+        epsilon = _bisect(lambda x: fits(weight, x), LEAST, MOST)
+    else:
+        weight = _bisect(lambda x: fits(x, inf), LAMBDA, MOST)
+    return choose(weight, epsilon), weight, epsilon
+
+
+def _bisect(fits: Callable[[float], bool], low: float, high: float) -> float:
+    """Find the least value that fits, on a log scale; ``high`` where none does."""
+    for _ in range(BISECTIONS):
+        middle = sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -29,13 +29,16 @@ the figures are theirs, and say little about real checkpoints.** Each pair is a 
 dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pair beside them.
 `make fidelity` makes everything anew (hours on a CPU); `fidelity/*.json` has every pair.
 
-- *density*: measured over all calls of the generation, steps on which a method searches or
-  refreshes counted as 1. Every step and layer is sparse, which is harder than any published
-  setting: those leave the first steps and layers dense.
+- *density*: of all pairs, measured over all calls of the generation, steps on which a method
+  searches or refreshes counted as 1. Text is exact in every method; where it stands in one
+  sequence with the video (or picture), methods are set to one share of the video's own pairs.
+  Every step and layer is sparse, which is harder than any published setting: those leave the first
+  steps and layers dense.
 - *right*: clips (or pictures) in which the checker (`samples/train/checker.py`, `read_scene.py`)
   reads all that the prompt says.
 - *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
-  prompts and seeds. `sparse_vdit`: its own rule per head, lambda set for the density.
+  prompts and seeds. `sparse_vdit`: its own rule per head, epsilon (and lambda, where that is not
+  enough) set for the density.
 - *noise floor*: dense again with another SDPA backend.
 {% for model in models %}
 ## {{ model.model }}
@@ -51,7 +54,8 @@ SSIM {{ "%.4f" | format(model.floor.ssim) }}.
 
 The first pair at density {{ model.densities[0] }}, dense on top.
 {% for density in model.densities %}
-### Density {{ density }}
+### Density {{ density }}{% if model.video_share < 1 %} of the video's pairs, \
+{{ "%.3f" | format(1 - model.video_share * (1 - density)) }} of all{% endif %}
 
 | method | density | PSNR | worst | SSIM | worst | LPIPS | worst | right |
 |---|---|---|---|---|---|---|---|---|

@@ -12,21 +12,36 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from arms import KNOBS, TOLERANCE, Maker
+from arms import KNOBS, TOLERANCE, Maker, overall
 from models import MODELS
 
 from dit_sparse.cli.source import SampleDefaults, Settings
 from dit_sparse.quality.clips import open_clip
+from dit_sparse.strategy_io import write_text
 from dit_sparse.video import frame_strip, write_png
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "fidelity"
 METRICS = "psnr,ssim,lpips_alex,motion_ratio,sharpness_ratio"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is told of the strategies beside their files.
+
+    Args:
+        video_share: The share of all pairs that are of the video's tokens alone.
+        missing: Why there is no strategy, by name, where a method cannot have the density.
+    """
+
+    video_share: float
+    missing: dict[str, str]
 
 
 def read_arguments() -> argparse.Namespace:
@@ -49,36 +64,32 @@ def settings_of(model: Path, steps: int) -> dict[str, Any]:
     return Settings(num_inference_steps=steps).over(SampleDefaults.read(model))
 
 
-def make_strategies(
-    args: argparse.Namespace, prompts: tuple[str, ...], folder: Path
-) -> dict[str, str]:
-    """Write one file per method and density; those that are there stay.
-
-    Returns:
-        Why there is none, by name, for those that cannot have the density.
-    """
+def make_strategies(args: argparse.Namespace, prompts: tuple[str, ...], folder: Path) -> Made:
+    """Write one file per method and density; those that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "missing.json"
-    missing: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    maker = Maker(
-        args.model,
-        settings_of(args.model, args.steps),
-        prompts[: args.calibration],
-        folder.parent / "measured",
-    )
+    settings = settings_of(args.model, args.steps)
+    store = folder.parent / "measured"
+    maker = Maker(args.model, settings, prompts[: args.calibration], store)
+    path = folder / "made.json"
+    if path.exists():
+        made = Made(**json.loads(path.read_text()))
+    else:
+        made = Made(maker.video_share, {})
+        write_text(path, json.dumps(asdict(made), indent=2) + "\n")
     for density in args.densities:
+        wanted = overall(density, made.video_share)
         for method in args.methods:
             name = f"{method}-{100 * density:g}"
-            if name in missing or (folder / f"{name}.json").exists():
+            if name in made.missing or (folder / f"{name}.json").exists():
                 continue
-            strategy, told = maker.strategy(method, density)
-            print(f"{name}: predicted density {told:.3f}", flush=True)
-            if abs(told - density) <= TOLERANCE:
+            strategy, told = maker.strategy(method, wanted)
+            print(f"{name}: predicted density {told:.3f}, wanted {wanted:.3f}", flush=True)
+            if abs(told - wanted) <= TOLERANCE:
                 strategy.save(folder / f"{name}.json")
             else:
-                missing[name] = f"comes to {told:.3f} at the nearest"
-                path.write_text(json.dumps(missing, indent=2) + "\n")
-    return missing
+                made.missing[name] = f"comes to {told:.3f} at the nearest, wanted {wanted:.3f}"
+                write_text(path, json.dumps(asdict(made), indent=2) + "\n")
+    return made
 
 
 def evaluate(args: argparse.Namespace, prompts: tuple[str, ...], strategies: list[Path]) -> Path:
@@ -95,7 +106,7 @@ def evaluate(args: argparse.Namespace, prompts: tuple[str, ...], strategies: lis
     return place
 
 
-def collect(args: argparse.Namespace, place: Path, missing: dict[str, str]) -> dict[str, Any]:
+def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]:
     """Put every pair's numbers and the checker's readings together."""
     told = json.loads((place / "report.json").read_text())
     read = MODELS[args.model.name].read
@@ -103,10 +114,10 @@ def collect(args: argparse.Namespace, place: Path, missing: dict[str, str]) -> d
     for folder in sorted((place / "pairs").iterdir()):
         for path in sorted(folder.glob("*.json")):
             arm = path.stem
-            made = json.loads(path.read_text())
-            row = {"prompt": made["prompt"], "seed": made["seed"]}
-            row["density"] = made["facts"].get("density")
-            row["right"] = read(made["prompt"], folder / made["file"]["exact"])
+            pair = json.loads(path.read_text())
+            row = {"prompt": pair["prompt"], "seed": pair["seed"]}
+            row["density"] = pair["facts"].get("density")
+            row["right"] = read(pair["prompt"], folder / pair["file"]["exact"])
             page = folder / f"vs-{arm}" / "report.json"
             if arm != "dense":
                 metrics = json.loads(page.read_text())["metrics"]
@@ -123,9 +134,10 @@ def collect(args: argparse.Namespace, place: Path, missing: dict[str, str]) -> d
         "prompts": told["prompts"],
         "seeds": told["seeds"],
         "densities": args.densities,
+        "video_share": made.video_share,
         "missing": {
             name: why
-            for name, why in missing.items()
+            for name, why in made.missing.items()
             if float(name.rpartition("-")[2]) / 100 in args.densities
         },
         "arms": arms,
@@ -150,13 +162,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     prompts = MODELS[args.model.name]
     folder = args.output / args.model.name / "strategies"
-    missing = make_strategies(args, prompts.calibration, folder)
+    made = make_strategies(args, prompts.calibration, folder)
     if args.tune_only:
         return
     names = [f"{m}-{100 * d:g}" for d in args.densities for m in args.methods]
     files = [folder / f"{name}.json" for name in names if (folder / f"{name}.json").exists()]
     place = evaluate(args, prompts.held_out, files)
-    found = collect(args, place, missing)
+    found = collect(args, place, made)
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, allow_nan=False)
     (RESULTS / f"{args.model.name}.json").write_text(text + "\n")

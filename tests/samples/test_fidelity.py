@@ -3,8 +3,11 @@
 
 import json
 import sys
+from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dit_sparse import enable
@@ -59,6 +62,61 @@ def test_a_knob_hits_its_density_in_a_real_generation(method, model, calls):
     assert measured == pytest.approx(told, abs=0.02)
 
 
+def measured(seed, heads=8, layers=6):
+    """Errors as they are: fewer pairs err more, some heads far more; and some other method's."""
+    draw = np.random.default_rng(seed)
+    density = np.array([1.0, 0.52, 0.27, 0.15, 0.02, 0.3])
+    candidates = [SimpleNamespace(method="sparse_vdit")] * 4 + [SimpleNamespace(method="svg2")]
+    table = {}
+    for layer in range(layers):
+        hard = draw.lognormal(-3, 2, (heads, 1))
+        error = hard * (1 - density) * draw.uniform(0.5, 1.5, (heads, 6))
+        zeros = np.zeros((heads, 6))
+        table["transformer", layer, 0] = SimpleNamespace(
+            steps=10,
+            error=error,
+            doubt=zeros,
+            density=np.tile(density, (heads, 1)),
+            recall=zeros + np.nan,
+        )
+    return SimpleNamespace(candidates=candidates, rows=table)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sparse_vdits_rule_is_set_for_a_density(seed):
+    from arms import LAMBDA, sparse_vdit_choices
+
+    found = measured(seed)
+    errors = []
+    for wanted in (0.8, 0.5, 0.25, 0.125):
+        choices, weight, epsilon = sparse_vdit_choices(wanted, found)
+        picked = [(key, head, c) for key, row in choices.items() for head, c in enumerate(row)]
+        assert all(c != 5 for *_, c in picked)  # another method's
+        kept = np.mean([found.rows[key].density[head, c] for key, head, c in picked])
+        assert wanted - 0.05 <= kept <= wanted
+        assert weight == LAMBDA or epsilon == inf  # the published lambda wherever it is enough
+        errors.append(np.mean([found.rows[key].error[head, c] for key, head, c in picked]))
+    assert errors == sorted(errors)
+
+
+def test_a_density_too_low_for_all_patterns_gives_the_fewest_pairs():
+    from arms import sparse_vdit_choices
+
+    choices, _, epsilon = sparse_vdit_choices(0.001, measured(0))
+    assert epsilon == inf
+    assert {c for row in choices.values() for c in row} == {4}
+
+
+def test_text_pairs_are_no_part_of_the_density_that_methods_are_set_to():
+    from arms import overall
+
+    video, text = 2304, 512
+    kept = 0.25 * video**2 + (video + text) ** 2 - video**2
+    share = video**2 / (video + text) ** 2
+    assert overall(0.25, share) == pytest.approx(kept / (video + text) ** 2)
+    assert overall(0.25, 1.0) == 0.25
+
+
 def rows(psnr, right, seeds=2):
     return [
         {
@@ -85,6 +143,7 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
         "seeds": [0, 1],
         "call": {"height": 64},
         "densities": [0.5, 0.25],
+        "video_share": 1.0,
         "missing": {"radial-25": "comes to 0.309 at the nearest"},
         "arms": {
             "dense": [{"density": 1.0, "right": True}, {"density": 1.0, "right": False}],
@@ -102,6 +161,7 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
     assert "| **mixed** | 0.500 | 30.50 | 30.00 |" in text
     assert text.index("**mixed** | 0.500 | 30.50") < text.index("| pooled |")
     assert "| pooled | 0.500 | 20.50 | 20.00 | 0.900 | 0.900 | 0.100 | 0.100 | 0/2 |" in text
+    assert "### Density 0.25\n" in text
     assert "radial: not in the table, comes to 0.309 at the nearest." in text
     assert "Dense clips right: 1/2." in text
     assert "Noise floor: PSNR 95.5 dB" in text
