@@ -3,7 +3,7 @@
 
 python samples/distillation/page.py [CLIPS]
 
-CLIPS is ``run.py``'s folder of clips; without it the strips stay as they are.
+CLIPS is ``run.py``'s folder of clips; without it strips and videos stay as they are.
 """
 
 import csv
@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from findings import FINDINGS
 
-from dit_sparse.video import frame_strip, write_png
+from dit_sparse.video import frame_strip, write_mp4, write_png
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -28,6 +28,7 @@ RESULTS = ROOT / "docs" / "benchmarks" / "distillation"
 PAGE = RESULTS.with_suffix(".md")
 WORDS = ("colour", "shape", "motion", "right")
 WINDOW = 10  # iterations of the curves' running mean
+SHOWN, FPS = 4, 12.0  # clips of an arm in the video
 
 TEMPLATE = """\
 # Sparse step distillation on a small model
@@ -57,6 +58,10 @@ LPIPS | sharpness | time |
 ![losses](distillation/{{ model.model }}-curves.png)
 
 ![one prompt, arm by arm](distillation/{{ model.model }}-strip.png)
+
+The first {{ clips_shown }} prompts side by side, arms in the table's order from the top:
+[video](distillation/{{ model.model }}.mp4).
+
 {{ model.findings }}
 {% endfor %}"""
 
@@ -115,12 +120,24 @@ def draw_strip(name: str, clips: Path, arms: dict[str, Any], at: int = 3) -> Non
     write_png(RESULTS / f"{name}-strip.png", frame_strip(rows, f"{prompt}, seed {at}", 8))
 
 
+def draw_video(name: str, clips: Path, arms: dict[str, Any]) -> None:
+    """Put the first prompts' clips of all arms into one video: a row for each arm."""
+    rows = [
+        np.concatenate(
+            [np.load(clips / arm["folder"] / f"{at:03}.npy") for at in range(SHOWN)], axis=2
+        )
+        for arm in arms.values()
+    ]
+    write_mp4(RESULTS / f"{name}.mp4", np.concatenate(rows, axis=1), FPS)
+
+
 def model_of(path: Path, clips: Path | None) -> dict[str, Any]:
     """Read one model's results and prepare its part."""
     told: dict[str, Any] = json.loads(path.read_text())
     draw_curves(told["model"])
     if clips is not None:
         draw_strip(told["model"], clips, told["arms"])
+        draw_video(told["model"], clips, told["arms"])
     rows = [row_of(name, arm) for name, arm in told["arms"].items()]
     return {**told, "rows": rows, "findings": FINDINGS.get(told["model"], "").strip()}
 
@@ -130,7 +147,7 @@ def main() -> None:
     clips = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     models = [model_of(path, clips) for path in sorted(RESULTS.glob("*.json"))]
     environment = jinja2.Environment(autoescape=False)  # noqa: S701, Markdown from our own data
-    text = environment.from_string(TEMPLATE).render(models=models)
+    text = environment.from_string(TEMPLATE).render(models=models, clips_shown=SHOWN)
     PAGE.write_text(text.rstrip() + "\n")
 
 

@@ -59,6 +59,7 @@ def arms(steps: int, teacher_steps: int) -> dict[str, Arm]:
         "teacher": Arm(teacher_steps, guided=True, sparse=False),
         f"dense, {steps} steps": Arm(steps, guided=True, sparse=False),
         f"sparse, {steps} steps": Arm(steps, guided=True, sparse=True),
+        f"sparse, {steps} steps, no guidance": Arm(steps, guided=False, sparse=True),
         "dense student": Arm(steps, guided=False, sparse=False, weights="dense"),
         "sparse student": Arm(steps, guided=False, sparse=True, weights="sparse"),
         "dense student made sparse": Arm(steps, guided=False, sparse=True, weights="dense"),

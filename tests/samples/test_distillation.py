@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dit_sparse.distill.config import read_config
+from dit_sparse.quality.clips import open_clip
 
 DISTILLATION = Path(__file__).parents[2] / "samples" / "distillation"
 
@@ -67,7 +68,8 @@ def test_the_page_has_a_row_for_each_arm(tmp_path, monkeypatch):
     }
     for one in arms.values():
         (clips / one["folder"]).mkdir(parents=True)
-        np.save(clips / one["folder"] / "003.npy", np.zeros((9, 16, 16, 3), np.uint8))
+        for at in range(4):
+            np.save(clips / one["folder"] / f"{at:03}.npy", np.zeros((9, 16, 16, 3), np.uint8))
     told = {"model": "some-tiny", "strategy": {"method": "blade"}, "clips": 4, "arms": arms}
     (results / "some-tiny.json").write_text(json.dumps(told))
     for student in ("dense", "sparse"):
@@ -87,3 +89,5 @@ def test_the_page_has_a_row_for_each_arm(tmp_path, monkeypatch):
     )
     for part in ("curves", "strip"):
         assert (results / f"some-tiny-{part}.png").stat().st_size > 1000
+    frames = np.stack(list(open_clip(results / "some-tiny.mp4").read()))
+    assert frames.shape == (9, 2 * 16, 4 * 16, 3)  # arms above each other, prompts side by side
