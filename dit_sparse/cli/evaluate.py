@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from dit_sparse.cli.console import Debug
+from dit_sparse.cli.lora import read_loras
 from dit_sparse.cli.options import (
     WHAT,
     Call,
@@ -19,6 +20,7 @@ from dit_sparse.cli.options import (
     GuidanceScale,
     Height,
     Kernel,
+    Loras,
     NegativePrompt,
     Steps,
     Threads,
@@ -84,6 +86,7 @@ def run(
     guidance_scale: GuidanceScale = None,
     negative_prompt: NegativePrompt = None,
     call: Call = None,
+    lora: Loras = None,
     fps: Fps = None,
     floor: Annotated[
         Literal["math", "efficient", "flash", "cudnn", "off"],
@@ -154,6 +157,7 @@ def run(
                 negative_prompt,
                 key_values("--call", call),
             ),
+            loras=read_loras(lora),
             fps=fps,
             floor=None if floor == "off" else floor,
             metrics=words(metrics),

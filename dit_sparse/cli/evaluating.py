@@ -38,6 +38,8 @@ from dit_sparse.quality.summary import Pair, Summary, summarise
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dit_sparse.cli.lora import Lora
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -50,6 +52,7 @@ class Wish:
     prompt: tuple[str, ...]
     seeds: str
     settings: Settings
+    loras: tuple[Lora, ...]
     fps: float | None
     floor: str | None
     metrics: list[str] | None
@@ -77,7 +80,7 @@ def perform(wish: Wish) -> bool:
         torch.set_num_threads(wish.threads)
     state = PartialState(cpu=wish.device == "cpu")
     device, dtype = machine(wish.device, wish.dtype, state.local_process_index)
-    pipe = load(wish.model, device, dtype)
+    pipe = load(wish.model, device, dtype, wish.loras)
     arguments = call_arguments(pipe, prompts[0], wish.settings.over(defaults))
     facts = environment()
     setup = Setup(
@@ -89,6 +92,7 @@ def perform(wish: Wish) -> bool:
             **effective(pipe, arguments),
             "pipeline": type(pipe).__name__,
             "weights": weights_hash(pipe),
+            **({"lora": ", ".join(map(str, wish.loras))} if wish.loras else {}),
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.partition(":")[0],
             "kernel": wish.kernel or "the best that can run",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dit_sparse.cli.console import Debug
+from dit_sparse.cli.lora import read_loras
 from dit_sparse.cli.options import (
     HOW,
     WHAT,
@@ -20,6 +21,7 @@ from dit_sparse.cli.options import (
     GuidanceScale,
     Height,
     Kernel,
+    Loras,
     NegativePrompt,
     Steps,
     Threads,
@@ -89,6 +91,7 @@ def run(
     guidance_scale: GuidanceScale = None,
     negative_prompt: NegativePrompt = None,
     call: Call = None,
+    lora: Loras = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.", **WHAT)
     ] = 0,
@@ -156,6 +159,7 @@ def run(
                 negative_prompt,
                 key_values("--call", call),
             ),
+            loras=read_loras(lora),
             compare_dense=compare_dense,
             seed=seed,
             fps=fps,

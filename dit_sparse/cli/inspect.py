@@ -108,6 +108,10 @@ def run(
             **SIZE,
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="SOURCE[=SCALE]", help="LoRA to merge in.", **SIZE),
+    ] = None,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
     """Show a strategy as a map of layers, heads and step bands, or a model's own attention.
@@ -118,6 +122,7 @@ def run(
     """
     from dit_sparse.cli.inspect_heads import Asked, draw_heads
     from dit_sparse.cli.inspect_map import draw_model, draw_strategy
+    from dit_sparse.cli.lora import read_loras
     from dit_sparse.cli.options import key_values
     from dit_sparse.cli.shape import load_strategy
 
@@ -129,6 +134,7 @@ def run(
     asked = Asked(
         model, prompt, grid, text_first, heads, head_dim, layers, layer, step, steps, token, seed,
         (height, width, frames), bands, key_values("--call", call),
+        read_loras(lora),
     )  # fmt: skip
     kind = _check_output(output)
     if not names and model is None:

@@ -12,6 +12,7 @@ from dit_sparse.cli.console import OUT, UserError, progress
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dit_sparse.cli.lora import Lora
     from dit_sparse.grid import LatentsGrid
     from dit_sparse.inspect import HeadView
     from dit_sparse.strategy import Strategy
@@ -40,6 +41,7 @@ class Asked:
         size: Pixels and frames of a run, by the pipeline's names.
         bands: Of the map of a model.
         call: Other arguments of the pipeline's call.
+        loras: Adapters to merge in.
     """
 
     model: str | None = None
@@ -57,6 +59,7 @@ class Asked:
     size: tuple[int | None, int | None, int | None] = (None, None, None)
     bands: int = 3
     call: dict[str, Any] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()
 
 
 def draw_heads(asked: Asked, strategies: list[Strategy], output: Path) -> None:
@@ -108,9 +111,8 @@ def prepare(asked: Asked, steps: int | None = None) -> tuple[Any, dict[str, Any]
         height, width, frames, num_inference_steps=asked.steps or steps, call=asked.call
     ).over(defaults)
     there = torch.cuda.is_available()
-    pipe = load(
-        asked.model, "cuda" if there else "cpu", torch.bfloat16 if there else torch.float32
-    )
+    device, dtype = ("cuda", torch.bfloat16) if there else ("cpu", torch.float32)
+    pipe = load(asked.model, device, dtype, asked.loras)
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments(pipe, asked.prompt, settings)
     arguments["output_type"] = "latent"

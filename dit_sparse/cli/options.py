@@ -63,6 +63,17 @@ Call = Annotated[
         **WHAT,
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="SOURCE[=SCALE]",
+        help="LoRA to merge into the model: folder, safetensors file or Hub id. May be given "
+        "several times.",
+        show_default="none",
+        **WHAT,
+    ),
+]
 Fps = Annotated[
     float | None,
     typer.Option(

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from dit_sparse import SparseAttention
     from dit_sparse.cli.arms import Runs
+    from dit_sparse.cli.lora import Lora
     from dit_sparse.quality import Scores
     from dit_sparse.video import Frames
 
@@ -53,6 +54,7 @@ class Request:
     output: Path
     options: dict[str, Any]
     settings: Settings
+    loras: tuple[Lora, ...]
     compare_dense: bool
     seed: int
     fps: float | None
@@ -78,7 +80,7 @@ def perform(request: Request) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     with staged(request.output, overwrite=request.overwrite) as scratch:
-        pipe = load(request.model, device, dtype)
+        pipe = load(request.model, device, dtype, request.loras)
         arguments = call_arguments(pipe, request.prompt, request.settings.over(defaults))
         with progress() as bars:
             handle = attach(pipe, strategy, request)
@@ -159,6 +161,7 @@ def described(
     transformer = getattr(pipe, "transformer", None)
     return {
         "model": request.model,
+        "lora": [str(one) for one in request.loras],
         "pipeline": type(pipe).__name__,
         "transformer": type(transformer).__name__,
         "prompt": request.prompt,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dit_sparse.cli.console import ERR, Debug, UserError, say
+from dit_sparse.cli.lora import read_loras
 from dit_sparse.cli.options import (
     Call,
     Device,
@@ -20,6 +21,7 @@ from dit_sparse.cli.options import (
     Frames,
     GuidanceScale,
     Height,
+    Loras,
     NegativePrompt,
     Steps,
     Threads,
@@ -163,6 +165,7 @@ def run(
     guidance_scale: GuidanceScale = None,
     negative_prompt: NegativePrompt = None,
     call: Call = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -186,7 +189,7 @@ def run(
     """
     texts = read_prompts(prompts)
     numbers = read_seeds(seeds)
-    rows = _rows(sample)
+    rows, loras = _rows(sample), read_loras(lora)
     if dry_run:
         from dit_sparse.cli.profile_ahead import tell
 
@@ -222,7 +225,7 @@ def run(
         torch.set_num_threads(threads)
     state = PartialState(cpu=device == "cpu")
     where, kind = machine(device, dtype, state.local_process_index)
-    pipe = load(model, where, kind)
+    pipe = load(model, where, kind, loras)
     pipe.set_progress_bar_config(disable=True)
     asked = Settings(
         height, width, frames, steps, guidance_scale, negative_prompt, key_values("--call", call)
@@ -231,6 +234,7 @@ def run(
     arguments = call_arguments(pipe, texts[0], settings)
     arguments.pop("prompt")
     how = f"--sample {sample} --sequential {sequential}"
+    how += "".join(f" --lora {Path(each.source).name}={each.scale:g}" for each in loras)
     command = _command(model, prompts, candidates, wish, seeds, edges.edges, how, settings)
     try:
         with bars() as shown:

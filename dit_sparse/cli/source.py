@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_sparse.cli.console import ERR, UserError, first_line
+from dit_sparse.cli.lora import merge_loras
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+    from dit_sparse.cli.lora import Lora
 
 DEFAULTS_NAME = "sample_defaults.json"
 DEFAULT_FPS = 16.0
@@ -138,8 +143,8 @@ def local_folder(model: str) -> Path | None:
     return None
 
 
-def load(model: str, device: str, dtype: torch.dtype) -> Any:
-    """Load a pipeline onto a device; no code that comes with the model is run."""
+def load(model: str, device: str, dtype: torch.dtype, loras: Sequence[Lora] = ()) -> Any:
+    """Load a pipeline with its adapters onto a device; no code that comes with it is run."""
     import diffusers
     import transformers
     from diffusers.pipelines import pipeline_utils
@@ -157,8 +162,9 @@ def load(model: str, device: str, dtype: torch.dtype) -> Any:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 str(local_folder(model) or model), **{key: dtype}
             )
+            merge_loras(pipe, loras)
             return pipe.to(device)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):
         raise
     except Exception as error:  # whatever is wrong here is wrong with what was named
         raise UserError(f"{model}: cannot be loaded: {first_line(error)}") from error
