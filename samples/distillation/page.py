@@ -35,11 +35,19 @@ TEMPLATE = """\
 
 A small model, trained for this repository, stands in for the real ones: the figures are its own.
 What is shown is that the training works and what it buys against no training at equal steps and
-density. `samples/distillation` has the configs and scripts; `distillation/*.json` every clip.
+density. `distillation/*.json` has every clip's figures. To make it anew:
+
+    # Not run: it takes two hours of a processor.
+    accelerate launch -m dit_sparse.distill samples/distillation/sparse.yaml
+    accelerate launch -m dit_sparse.distill samples/distillation/dense.yaml
+    python samples/distillation/run.py samples/wan-tiny
+    python samples/distillation/page.py outputs/distillation/clips
+
+`samples/distillation/student` is the sparse student, ready to load; its card says how.
 
 - *passes*: of the transformer for one clip; guidance doubles them, students need none.
 - *right*: clips in which the checker reads colour, shape and motion as the prompt says; *overlap*:
-  of the shape's outline with the wanted one.
+  of what is seen with the best of the three outlines, 1 is a perfect shape.
 - *PSNR, SSIM, LPIPS*: to the teacher's clip of the same prompt and noise. A student is not asked
   to make that very clip, only one like it, so these say how near, not how good.
 - *time*: processor seconds of one clip on a shared CPU, decoding included.
@@ -47,7 +55,7 @@ density. `samples/distillation` has the configs and scripts; `distillation/*.jso
 ## {{ model.model }}
 
 {{ model.clips }} prompts, half of them of combinations that neither the model nor the students
-were trained on. Strategy: `{{ model.strategy }}`.
+were trained on. Strategy: {{ model.told }}.
 
 | arm | steps | passes | density | right | colour | shape | motion | overlap | PSNR | SSIM | \
 LPIPS | sharpness | time |
@@ -139,7 +147,13 @@ def model_of(path: Path, clips: Path | None) -> dict[str, Any]:
         draw_strip(told["model"], clips, told["arms"])
         draw_video(told["model"], clips, told["arms"])
     rows = [row_of(name, arm) for name, arm in told["arms"].items()]
-    return {**told, "rows": rows, "findings": FINDINGS.get(told["model"], "").strip()}
+    strategy = ", ".join(f"{key} {value}" for key, value in told["strategy"].items())
+    return {
+        **told,
+        "told": strategy,
+        "rows": rows,
+        "findings": FINDINGS.get(told["model"], "").strip(),
+    }
 
 
 def main() -> None:

@@ -103,7 +103,6 @@ class Maker:
             candidates=f"default,{PATTERNS}",
             costs="assumed",
             check=False,
-            name=f"{method}-{100 * density:g}",
             store=Store(self.store),
         )
         assert found is not None

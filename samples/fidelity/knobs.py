@@ -128,4 +128,4 @@ def tuned(method: str, density: float, calls: Sequence[AttentionCall]) -> tuple[
             low, high = (middle, high) if found < density else (low, middle)
         if best[0] <= NEAR:
             break
-    return Strategy.single(method, name=f"{method}-{100 * density:g}", **best[1]), best[2]
+    return Strategy.single(method, **best[1]), best[2]

@@ -85,7 +85,7 @@ def make_strategies(args: argparse.Namespace, prompts: tuple[str, ...], folder: 
             strategy, told = maker.strategy(method, wanted)
             print(f"{name}: predicted density {told:.3f}, wanted {wanted:.3f}", flush=True)
             if abs(told - wanted) <= TOLERANCE:
-                strategy.save(folder / f"{name}.json")
+                strategy.model_copy(update={"name": name}).save(folder / f"{name}.json")
             else:
                 made.missing[name] = f"comes to {told:.3f} at the nearest, wanted {wanted:.3f}"
                 write_text(path, json.dumps(asdict(made), indent=2) + "\n")

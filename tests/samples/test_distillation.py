@@ -10,6 +10,7 @@ import pytest
 
 from dit_sparse.distill.config import read_config
 from dit_sparse.quality.clips import open_clip
+from dit_sparse.strategy import Strategy
 
 DISTILLATION = Path(__file__).parents[2] / "samples" / "distillation"
 
@@ -91,3 +92,28 @@ def test_the_page_has_a_row_for_each_arm(tmp_path, monkeypatch):
         assert (results / f"some-tiny-{part}.png").stat().st_size > 1000
     frames = np.stack(list(open_clip(results / "some-tiny.mp4").read()))
     assert frames.shape == (9, 2 * 16, 4 * 16, 3)  # arms above each other, prompts side by side
+
+
+def test_the_shipped_student_makes_the_clip_that_the_page_counts(root):
+    """By ``load_lora_weights`` and ``enable_sparse_attention``, nothing else."""
+    import run
+
+    folder = DISTILLATION / "student"
+    told = json.loads((root / "docs/benchmarks/distillation/wan-tiny.json").read_text())
+    row = next(row for row in told["arms"]["sparse student"]["rows"] if row["right"])
+    pipe = run.DiffusionPipeline.from_pretrained(root / "samples" / "wan-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(folder))
+    handle = pipe.enable_sparse_attention(str(folder))
+    assert handle.strategy.rules[0].params == run_params(told["strategy"])
+    call = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 4}
+    clip, _ = run.make_clip(pipe, row["number"], {**call, "guidance_scale": 1.0})
+    again = run.row_of(row["number"], clip, clip)
+    assert again["right"]
+    assert again["overlap"] == pytest.approx(row["overlap"], abs=0.05)
+    assert handle.report().density == pytest.approx(row["density"], abs=0.005)
+
+
+def run_params(strategy):
+    options = dict(strategy)
+    return Strategy.single(options.pop("method"), **options).rules[0].params

@@ -6,15 +6,17 @@ import sys
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from dit_sparse import enable
+from dit_sparse.strategy import Strategy
 from tests import tiny
 
 FIDELITY = Path(__file__).parents[2] / "samples" / "fidelity"
-MODULES = ("knobs", "arms", "models", "page", "findings")
+MODULES = ("run", "knobs", "arms", "models", "page", "findings")
 STEPS = 6
 
 
@@ -115,6 +117,42 @@ def test_text_pairs_are_no_part_of_the_density_that_methods_are_set_to():
     share = video**2 / (video + text) ** 2
     assert overall(0.25, share) == pytest.approx(kept / (video + text) ** 2)
     assert overall(0.25, 1.0) == 0.25
+
+
+def test_a_strategy_is_named_by_what_was_asked_for_and_written_once(tmp_path, monkeypatch, root):
+    import run
+
+    class Maker:
+        """Keeps what it is asked; radial cannot."""
+
+        asked: ClassVar[list] = []
+
+        def __init__(self, *_):
+            self.video_share = 0.8
+
+        def strategy(self, method, density):
+            self.asked.append((method, density))
+            told = density + (0.1 if method == "radial" else 0.01)
+            return Strategy.single(method), told
+
+    monkeypatch.setattr(run, "Maker", Maker)
+    args = SimpleNamespace(
+        model=root / "samples" / "wan-tiny",
+        steps=10,
+        calibration=1,
+        densities=[0.5, 0.125],
+        methods=["pooled", "radial"],
+    )
+    for _ in range(2):  # the second time nothing is left to do
+        made = run.make_strategies(args, ("a",), tmp_path)
+        assert made.video_share == 0.8
+        assert made.missing["radial-12.5"] == "comes to 0.400 at the nearest, wanted 0.300"
+        assert [*made.missing] == ["radial-50", "radial-12.5"]
+        for name in ("pooled-50", "pooled-12.5"):
+            assert Strategy.load(tmp_path / f"{name}.json").name == name
+    assert [(m, pytest.approx(d)) for m, d in Maker.asked] == [
+        ("pooled", 0.6), ("radial", 0.6), ("pooled", 0.3), ("radial", 0.3)
+    ]  # fmt: skip
 
 
 def rows(psnr, right, seeds=2):
