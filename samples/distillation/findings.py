@@ -29,7 +29,7 @@ are soft, half as sharp as the teacher's.
 - Sampling two of them with an Euler solver instead of the pipeline's own UniPC changed none of
   their counts: the solver's mixing of steps, which training does not see, does no harm here.
 - **No time is won here**: at 2304 tokens on this CPU a sparse clip of four steps takes longer than
-  a dense one (6.8 s against 5.4 s); choosing blocks costs more than leaving most of them out saves.
+  a dense one (6.8 s against 5.4 s); choosing blocks costs more than leaving most out saves.
 - Each training took about half an hour of one shared core.
 """,
 }
