@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from dit_sparse.cli import app
 from dit_sparse.cli.console import UserError
 from dit_sparse.cli.lora import Lora, merge_loras, read_loras
+from dit_sparse.weights import weights_hash
 from tests import tiny
 
 RANK, ALPHA = 2, 3
@@ -55,6 +56,12 @@ def loras(wan, tmp_path_factory):
         )
         found.append((folder, {key: value.double() for key, value in weights.items()}))
     return found
+
+
+def merged(folder, source, scale):
+    pipe = load(folder)
+    merge_loras(pipe, [Lora(str(source), scale)])
+    return weights_hash(pipe.transformer)
 
 
 def added(weights, layer, scale):
@@ -116,6 +123,7 @@ def test_an_evaluation_tells_adapters_and_scales_apart(wan, loras, tmp_path):
     assert first.exit_code == 0, first.output
     told = json.loads((tmp_path / "out" / "report.json").read_text())
     assert told["call"]["lora"] == str(loras[0][0])
+    assert told["call"]["weights"] == merged(wan, loras[0][0], 1.0)
     other = run(*command, "--lora", f"{loras[0][0]}=0.5")
     assert other.exit_code == 2, other.output
     assert "lora" in other.stderr or "weights" in other.stderr
@@ -131,6 +139,8 @@ def test_a_profile_measures_the_merged_model(wan, loras, tmp_path):
     assert result.exit_code == 0, result.output
     receipt = json.loads((tmp_path / "mine.json").read_text())["receipt"]
     assert f"--lora {loras[1][0].name}=2" in receipt["command"]
+    setup = json.loads((tmp_path / "mine.measured" / "setup.json").read_text())
+    assert setup["model"] == {"transformer": merged(wan, loras[1][0], 2.0)}
 
 
 @pytest.mark.parametrize(
