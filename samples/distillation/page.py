@@ -35,9 +35,8 @@ TEMPLATE = """\
 
 A small model, trained for this repository, stands in for the real ones: the figures are its own.
 What is shown is that the training works and what it buys against no training at equal steps and
-density. `distillation/*.json` has every clip's figures. To make it anew:
+density. `distillation/*.json` has every clip's figures. To make it anew, in two hours:
 
-    # Not run: it takes two hours of a processor.
     accelerate launch -m dit_sparse.distill samples/distillation/sparse.yaml
     accelerate launch -m dit_sparse.distill samples/distillation/dense.yaml
     python samples/distillation/run.py samples/wan-tiny
