@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "benchmarks" / "distillation"
 PAGE = RESULTS.with_suffix(".md")
 WORDS = ("colour", "shape", "motion", "right")
+SHAPES = ("circle", "square", "triangle")
+STUDENT, RIVAL = "sparse student", "sparse, {steps} steps"
 WINDOW = 10  # iterations of the curves' running mean
 SHOWN, FPS = 4, 12.0  # clips of an arm in the video
 
@@ -35,7 +37,7 @@ TEMPLATE = """\
 
 A small model, trained for this repository, stands in for the real ones: the figures are its own.
 What is shown is that the training works and what it buys against no training at equal steps and
-density. `distillation/*.json` has every clip's figures. To make it anew, in two hours:
+density. `distillation/*.json` has every clip's figures. To make it anew (hours on a CPU):
 
     accelerate launch -m dit_sparse.distill samples/distillation/sparse.yaml
     accelerate launch -m dit_sparse.distill samples/distillation/dense.yaml
@@ -60,6 +62,20 @@ were trained on. Strategy: {{ model.told }}.
 LPIPS | sharpness | time |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {% for row in model.rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+*Sparse student* against *{{ model.rival }}*, clip by clip of the same prompt and noise: better in
+
+| {% for name in model.better %}{{ name }} | {% endfor %}right, it alone | right, the other alone |
+|{% for name in model.better %}---|{% endfor %}---|---|
+| {% for count in model.better.values() %}{{ count }} of {{ model.clips }} | {% endfor %}\
+{{ model.alone[0] }} | {{ model.alone[1] }} |
+
+Where the shape is read right, and all words, by what was asked for:
+
+| arm |{% for name in model.asked %} {{ name }} |{% endfor %}
+|---|{% for name in model.asked %}---|{% endfor %}
+{% for row in model.by_asked -%}
 | {{ row | join(" | ") }} |
 {% endfor %}
 ![losses](distillation/{{ model.model }}-curves.png)
@@ -99,6 +115,40 @@ def row_of(name: str, arm: dict[str, Any]) -> list[str]:
     cells.append(number(middle(rows, "sharpness_ratio"), ".2f"))
     cells.append(f"{median(row['processor_seconds'] for row in rows):.1f}")
     return cells
+
+
+def beside(student: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+    """Count the clips in which the student is better than another arm."""
+    pairs = list(zip(student, other, strict=True))
+    return {
+        "better": {
+            name: sum(sign * (one[key] - two[key]) > 0 for one, two in pairs)
+            for key, name, sign in (
+                ("overlap", "overlap", 1),
+                ("psnr", "PSNR", 1),
+                ("ssim", "SSIM", 1),
+                ("lpips_alex", "LPIPS", -1),
+            )
+            if all(row[key] is not None for row in (*student, *other))
+        },
+        "alone": [
+            sum(one["right"] > two["right"] for one, two in pairs),
+            sum(one["right"] < two["right"] for one, two in pairs),
+        ],
+    }
+
+
+def by_asked(arms: dict[str, Any]) -> dict[str, Any]:
+    """Count shapes read right by the shape asked for, and all words right on held-out prompts."""
+    rows = []
+    for name, arm in arms.items():
+        cells = [name]
+        for shape in SHAPES:
+            of_it = [row for row in arm["rows"] if shape in row["prompt"]]
+            cells.append(f"{sum(row['shape'] for row in of_it)} of {len(of_it)}")
+        held = [row for row in arm["rows"] if row["held_out"]]
+        rows.append([*cells, f"{sum(row['right'] for row in held)} of {len(held)}"])
+    return {"asked": [*SHAPES, "all words, held-out combinations"], "by_asked": rows}
 
 
 def draw_curves(name: str) -> None:
@@ -146,10 +196,15 @@ def model_of(path: Path, clips: Path | None) -> dict[str, Any]:
         draw_strip(told["model"], clips, told["arms"])
         draw_video(told["model"], clips, told["arms"])
     rows = [row_of(name, arm) for name, arm in told["arms"].items()]
+    arms = told["arms"]
+    rival = RIVAL.format(steps=arms[STUDENT]["steps"])
     strategy = ", ".join(f"{key} {value}" for key, value in told["strategy"].items())
     return {
         **told,
         "told": strategy,
+        "rival": rival,
+        **beside(arms[STUDENT]["rows"], arms[rival]["rows"]),
+        **by_asked(arms),
         "rows": rows,
         "findings": FINDINGS.get(told["model"], "").strip(),
     }

@@ -7,7 +7,7 @@ One picture, one seed can decide a pair: the dense picture of the strip has no s
 prompt asks for, and adaspa, gna, sparsed and xattention paint some; that is a low PSNR, and no
 fault. So *right* beside it: 6 of 10 dense, 3 to 8 sparse, no order in ten pairs.
 
-- *mixed* is nearest, in at least 8 of the 10 pairs against each; *sparsed* and *blade*, which
+- *mixed* is nearest; *sparsed* and *blade*, which
   choose by content, come next.
 - *svg2* and *xattention* keep less here than they were set to on other prompts (0.617 and 0.649
   for 0.665): top-p and thresholds follow the content. Their rows are not quite at equal density.

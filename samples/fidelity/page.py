@@ -39,6 +39,7 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
 - *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
   prompts and seeds. `sparse_vdit`: its own rule per head, epsilon (and lambda, where that is not
   enough) set for the density.
+- *mixed nearer*: pairs in which the mix has the higher PSNR.
 - *noise floor*: dense again with another SDPA backend.
 {% for model in models %}
 ## {{ model.model }}
@@ -57,11 +58,11 @@ The first pair at density {{ model.densities[0] }}, dense on top.
 ### Density {{ density }}{% if model.video_share < 1 %} of the video's pairs, \
 {{ "%.3f" | format(1 - model.video_share * (1 - density)) }} of all{% endif %}
 
-| method | density | PSNR | worst | SSIM | worst | LPIPS | worst | right |
-|---|---|---|---|---|---|---|---|---|
+| method | density | PSNR | worst | SSIM | worst | LPIPS | worst | right | mixed nearer |
+|---|---|---|---|---|---|---|---|---|---|
 {% for row in model.tables[density] -%}
 | {{ row.label }} | {{ row.density }} | {{ row.psnr }} | {{ row.psnr_worst }} | {{ row.ssim }} | \
-{{ row.ssim_worst }} | {{ row.lpips }} | {{ row.lpips_worst }} | {{ row.right }} |
+{{ row.ssim_worst }} | {{ row.lpips }} | {{ row.lpips_worst }} | {{ row.right }} | {{ row.mixed_nearer }} |
 {% endfor %}
 {% for name, why in model.absent[density] %}{{ name }}: not in the table, {{ why }}.
 {% endfor %}{% endfor %}
@@ -79,7 +80,16 @@ def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found[f"{name}_worst"] = worst(values) if known else None
     found["right"] = sum(row["right"] for row in rows)
     found["pairs"] = len(rows)
+    found["each_psnr"] = [row["psnr"] for row in rows]
     return found
+
+
+def nearer(mixed: dict[str, Any], arm: dict[str, Any]) -> str:
+    """Count the pairs in which the mix has the higher PSNR; a dash for the mix itself."""
+    if mixed is arm:
+        return "-"
+    wins = sum(a > b for a, b in zip(mixed["each_psnr"], arm["each_psnr"], strict=True))
+    return f"{wins}/{arm['pairs']}"
 
 
 def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
@@ -93,6 +103,7 @@ def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
             "label": f"**{label}**" if label == "mixed" else label,
             "density": f"{arm['density']:.3f}",
             "right": f"{arm['right']}/{arm['pairs']}",
+            "mixed_nearer": nearer(chosen.get(f"mixed{suffix}", arm), arm),
         }
         for key, short, form in (
             ("psnr", "psnr", ".2f"),

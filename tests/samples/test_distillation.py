@@ -52,7 +52,14 @@ def test_the_prompts_are_what_their_script_writes(capsys):
 
 
 def arm(steps, guided, folder, right):
-    row = {"prompt": "a", "colour": True, "shape": right, "motion": True, "right": right}
+    row = {
+        "prompt": "a circle",
+        "held_out": True,
+        "colour": True,
+        "shape": right,
+        "motion": True,
+        "right": right,
+    }
     row |= {"overlap": 0.5, "psnr": 20.0, "ssim": 0.9, "lpips_alex": None, "density": 0.25}
     rows = [row | {"sharpness_ratio": 1.0, "processor_seconds": 2.0 + n} for n in range(4)]
     return {"steps": steps, "guided": guided, "folder": folder, "rows": rows}
@@ -65,8 +72,11 @@ def test_the_page_has_a_row_for_each_arm(tmp_path, monkeypatch):
     results.mkdir()
     arms = {
         "teacher": arm(20, guided=True, folder="teacher", right=True),
+        "sparse, 4 steps": arm(4, guided=True, folder="sparse-4-steps", right=True),
         "sparse student": arm(4, guided=False, folder="sparse-student", right=False),
     }
+    for row in arms["sparse student"]["rows"][:3]:
+        row["overlap"] = 0.7
     for one in arms.values():
         (clips / one["folder"]).mkdir(parents=True)
         for at in range(4):
@@ -86,12 +96,15 @@ def test_the_page_has_a_row_for_each_arm(tmp_path, monkeypatch):
         in text
     )
     assert (
-        "| sparse student | 4 | 4 | 0.25 | **0/4** | 4 | 0 | 4 | 0.50 | 20.0 | 0.900 | - |" in text
+        "| sparse student | 4 | 4 | 0.25 | **0/4** | 4 | 0 | 4 | 0.65 | 20.0 | 0.900 | - |" in text
     )
+    assert "| overlap | PSNR | SSIM | right, it alone | right, the other alone |" in text
+    assert "| 3 of 4 | 0 of 4 | 0 of 4 | 0 | 4 |" in text
+    assert "| sparse student | 0 of 4 | 0 of 0 | 0 of 0 | 0 of 4 |" in text
     for part in ("curves", "strip"):
         assert (results / f"some-tiny-{part}.png").stat().st_size > 1000
     frames = np.stack(list(open_clip(results / "some-tiny.mp4").read()))
-    assert frames.shape == (9, 2 * 16, 4 * 16, 3)  # arms above each other, prompts side by side
+    assert frames.shape == (9, 3 * 16, 4 * 16, 3)  # arms above each other, prompts side by side
 
 
 def test_the_shipped_student_makes_the_clip_that_the_page_counts(root):

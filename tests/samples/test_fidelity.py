@@ -198,7 +198,7 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
     text = (tmp_path / "fidelity.md").read_text()
     assert "| **mixed** | 0.500 | 30.50 | 30.00 |" in text
     assert text.index("**mixed** | 0.500 | 30.50") < text.index("| pooled |")
-    assert "| pooled | 0.500 | 20.50 | 20.00 | 0.900 | 0.900 | 0.100 | 0.100 | 0/2 |" in text
+    assert "| pooled | 0.500 | 20.50 | 20.00 | 0.900 | 0.900 | 0.100 | 0.100 | 0/2 | 2/2 |" in text
     assert "### Density 0.25\n" in text
     assert "radial: not in the table, comes to 0.309 at the nearest." in text
     assert "Dense clips right: 1/2." in text
