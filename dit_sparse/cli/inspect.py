@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from dit_sparse.cli.console import Debug, UserError
+from dit_sparse.cli.lora import read_loras
+from dit_sparse.cli.options import Call, Loras, key_values
 
 EXAMPLES = (
     "dit-sparse inspect mine.json -o mine.html",
@@ -98,20 +100,8 @@ def run(
     height: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
     width: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
     frames: Annotated[int | None, typer.Option(min=1, max=10_000, help="Frames.", **SIZE)] = None,
-    call: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--call",
-            metavar="KEY=VALUE",
-            help="Another argument of the pipeline's call, as in true_cfg_scale=4.",
-            show_default="the model's",
-            **SIZE,
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option("--lora", metavar="SOURCE[=SCALE]", help="LoRA to merge in.", **SIZE),
-    ] = None,
+    call: Call = None,
+    lora: Loras = None,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
     """Show a strategy as a map of layers, heads and step bands, or a model's own attention.
@@ -122,8 +112,6 @@ def run(
     """
     from dit_sparse.cli.inspect_heads import Asked, draw_heads
     from dit_sparse.cli.inspect_map import draw_model, draw_strategy
-    from dit_sparse.cli.lora import read_loras
-    from dit_sparse.cli.options import key_values
     from dit_sparse.cli.shape import load_strategy
 
     names = list(strategies or [])

@@ -76,8 +76,6 @@ def _merge(pipe: Any, one: Lora) -> None:
     name = type(pipe).__name__
     try:
         pipe.load_lora_weights(one.source, adapter_name="merged", use_safetensors=True)
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # whatever is wrong here is wrong with what was named
         hint = "; pip install 'dit-sparse[distill]' has it" if "PEFT" in str(error) else ""
         raise UserError(

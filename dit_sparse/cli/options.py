@@ -14,6 +14,16 @@ WHAT = {"rich_help_panel": "What to generate"}
 HOW = {"rich_help_panel": "How to run"}
 EXAMPLES = {"--set": "decay_factor=0.5", "--call": "true_cfg_scale=4"}
 
+
+def _repeated(flag: str, metavar: str, text: str, show_default: str) -> Any:
+    """Describe an option of what is generated that may be given several times."""
+    text += " May be given several times."
+    panel = WHAT["rich_help_panel"]
+    return typer.Option(
+        flag, metavar=metavar, help=text, show_default=show_default, rich_help_panel=panel
+    )
+
+
 Steps = Annotated[
     int | None,
     typer.Option(
@@ -54,24 +64,21 @@ NegativePrompt = Annotated[
 ]
 Call = Annotated[
     list[str] | None,
-    typer.Option(
+    _repeated(
         "--call",
-        metavar="KEY=VALUE",
-        help="Another argument of the pipeline's call, as in true_cfg_scale=4; VALUE is JSON or "
-        "plain text. May be given several times.",
+        "KEY=VALUE",
+        "Another argument of the pipeline's call, as in true_cfg_scale=4; VALUE is JSON or plain "
+        "text.",
         show_default="the model's",
-        **WHAT,
     ),
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option(
+    _repeated(
         "--lora",
-        metavar="SOURCE[=SCALE]",
-        help="LoRA to merge into the model: folder, safetensors file or Hub id. May be given "
-        "several times.",
+        "SOURCE[=SCALE]",
+        "LoRA to merge into the model: folder, safetensors file or Hub id.",
         show_default="none",
-        **WHAT,
     ),
 ]
 Fps = Annotated[

@@ -7,6 +7,7 @@ Past 300 lines, as the options and their help alone are 170.
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -234,7 +235,7 @@ def run(
     arguments = call_arguments(pipe, texts[0], settings)
     arguments.pop("prompt")
     how = f"--sample {sample} --sequential {sequential}"
-    how += "".join(f" --lora {Path(each.source).name}={each.scale:g}" for each in loras)
+    how += "".join(f" --lora {replace(each, source=Path(each.source).name)}" for each in loras)
     command = _command(model, prompts, candidates, wish, seeds, edges.edges, how, settings)
     try:
         with bars() as shown:

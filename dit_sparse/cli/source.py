@@ -164,7 +164,7 @@ def load(model: str, device: str, dtype: torch.dtype, loras: Sequence[Lora] = ()
             )
             merge_loras(pipe, loras)
             return pipe.to(device)
-    except (KeyboardInterrupt, UserError):
+    except UserError:
         raise
     except Exception as error:  # whatever is wrong here is wrong with what was named
         raise UserError(f"{model}: cannot be loaded: {first_line(error)}") from error

@@ -62,7 +62,8 @@ The first pair at density {{ model.densities[0] }}, dense on top.
 |---|---|---|---|---|---|---|---|---|---|
 {% for row in model.tables[density] -%}
 | {{ row.label }} | {{ row.density }} | {{ row.psnr }} | {{ row.psnr_worst }} | {{ row.ssim }} | \
-{{ row.ssim_worst }} | {{ row.lpips }} | {{ row.lpips_worst }} | {{ row.right }} | {{ row.mixed_nearer }} |
+{{ row.ssim_worst }} | {{ row.lpips }} | {{ row.lpips_worst }} | {{ row.right }} | \
+{{ row.mixed_nearer }} |
 {% endfor %}
 {% for name, why in model.absent[density] %}{{ name }}: not in the table, {{ why }}.
 {% endfor %}{% endfor %}
