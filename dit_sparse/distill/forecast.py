@@ -195,8 +195,13 @@ def _memory(config: Config, size: ModelSize, found: dict[str, Any]) -> dict[str,
         width = size.heads * size.head_dim
         hidden = size.grid.tokens * width * dtype.itemsize * config.train.micro_batch
         kept = kept / size.layers + hidden * size.layers
+    whole = float(size.parameters * dtype.itemsize)
+    rounded = {}
+    if config.lora is None and dtype != torch.float32:
+        rounded[f"trained weights as they run, {config.train.dtype}"] = count * whole
     return {
-        f"frozen weights, {config.train.dtype}": float(size.parameters * dtype.itemsize),
+        f"frozen weights, {config.train.dtype}": whole,
+        **rounded,
         f"trained weights, gradients and AdamW's moments, fp32, {count} x {trained / 1e6:.1f} M": (
             count * trained * 16
         ),

@@ -17,6 +17,7 @@ import torch
 from dit_sparse.distill.attention import TrainableAttention
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.record import prediction
+from dit_sparse.distill.shard import shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from dit_sparse.distill.config import Lora
     from dit_sparse.distill.record import Recording
+    from dit_sparse.distill.shard import Sharding
     from dit_sparse.strategy import Strategy
 
 Role = Literal["student", "critic", "teacher"]
@@ -68,7 +70,7 @@ class Networks:
             self.models |= dict.fromkeys(roles, model)
         else:
             for role in roles:
-                self.models[role] = copy.deepcopy(model).float().requires_grad_()
+                self.models[role] = copy.deepcopy(model).requires_grad_()
         self._handles: dict[int, TrainableAttention] = {}
         if strategy is not None:
             for role in roles:
@@ -120,17 +122,16 @@ class Networks:
             recording: What does not.
         """
         with self.use(role, step) as model:
-            weight = next(model.parameters())
-            to = {"device": weight.device, "dtype": self.dtype}
-            inputs = x.to(**to)
+            device = self.device
+            inputs = x.to(device, self.dtype)
             arguments = {
-                key: value.to(weight.device, self.dtype if value.is_floating_point() else None)
+                key: value.to(device, self.dtype if value.is_floating_point() else None)
                 for key, value in condition.items()
             }
             shared = {k: _to_batch(k, v, len(x)) for k, v in recording.shared.items()}
             answer: Tensor = model(
                 hidden_states=inputs,
-                timestep=told.to(weight.device, recording.time_dtype),
+                timestep=told.to(device, recording.time_dtype),
                 **arguments,
                 **shared,
                 return_dict=False,
@@ -142,6 +143,16 @@ class Networks:
         """The base model's dtype."""
         found: torch.dtype = self.models["teacher"].dtype
         return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where passes run: with FSDP's offload, the base weights wait elsewhere."""
+        return self.parameters_of(self.roles[0])[0].device
+
+    def shard(self, how: Sharding, device: torch.device) -> None:
+        """Spread the base weights over all processes; with LoRA only."""
+        trained = [weight for role in self.roles for weight in self.parameters_of(role)]
+        shard(self.models["teacher"], trained, how, device)
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations of the trained models: they are computed again."""

@@ -12,7 +12,8 @@ from dit_sparse.distill.clips import encode_clips, list_clips
 from dit_sparse.distill.conditions import Conditions, encode, free_encoders, read_prompts
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.record import guidance_arguments
-from dit_sparse.distill.train import Trainer, check_parallel
+from dit_sparse.distill.shard import check_sharding, read_sharding
+from dit_sparse.distill.train import Trainer
 from dit_sparse.strategy import config_hash
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from dit_sparse.distill.config import Config
 
 
-def load_pipeline(config: Config, device: torch.device) -> Any:
-    """Load a pipeline; no code that comes with it is run."""
+def load_pipeline(config: Config) -> Any:
+    """Load a pipeline into the host's memory; no code that comes with it is run."""
     import diffusers
     from diffusers.pipelines import pipeline_utils
 
@@ -30,11 +31,31 @@ def load_pipeline(config: Config, device: torch.device) -> Any:
     key = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(config.model, **{key: dtype})
-        return pipe.to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(config.model, **{key: dtype})
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistillError(f"model: {config.model}: cannot be loaded: {first}") from error
+
+
+def without_weights(model: Any, device: torch.device) -> Any:
+    """Make a model that can be asked for its config, dtype and device, and not be run.
+
+    The encoders work while it stands in the transformer's place, so that neither waits in the
+    device's memory for the other.
+    """
+    with torch.device("meta"):
+        empty = type(model).from_config(dict(model.config))
+    dtypes = {name: value.dtype for name, value in model.named_parameters()}
+    for path, module in empty.named_modules():
+        for name in list(module._parameters):  # noqa: SLF001
+            dtype = dtypes.get(f"{path}.{name}".removeprefix("."))
+            if dtype is not None:
+                nothing = torch.empty(0, dtype=dtype, device=device)
+                module.register_parameter(name, torch.nn.Parameter(nothing, requires_grad=False))
+        for name, value in list(module._buffers.items()):  # noqa: SLF001
+            if value is not None:
+                module.register_buffer(name, torch.empty(0, dtype=value.dtype, device=device))
+    return empty
 
 
 def prepare(config: Config, accelerator: Any) -> Trainer:
@@ -44,7 +65,7 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
         config: What to do.
         accelerator: Device and other processes.
     """
-    check_parallel(accelerator)
+    sharding = read_sharding(accelerator)
     if config.device == "cuda" and accelerator.device.type != "cuda":
         raise DistillError(
             f"device: cuda was asked for, this torch ({torch.__version__}) and accelerate give "
@@ -59,7 +80,9 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
         assert config.data.clips is not None
         found = list_clips(config.data.clips)
         clips, texts = [path for path, _ in found], [caption for _, caption in found]
-    pipe = load_pipeline(config, accelerator.device)
+    pipe = load_pipeline(config)
+    if sharding is not None:
+        check_sharding(config, pipe, accelerator.num_processes)
     own = config.distill if config.task == "distill" else config.finetune
     arguments = {
         **config.size.model_dump(exclude_none=True),
@@ -70,6 +93,9 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
     if strategy is not None:
         _check_strategy(pipe, strategy)
     process = accelerator.process_index, accelerator.num_processes
+    transformer = pipe.transformer
+    pipe.transformer = without_weights(transformer, accelerator.device)
+    pipe.to(accelerator.device)
     fingerprint = f"{config.model} {config_hash(pipe.transformer.config)} {config.train.dtype}"
     conditions: Conditions = encode(
         pipe,
@@ -95,7 +121,10 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
         wait=accelerator.wait_for_everyone,
     )
     pipe.vae.to("cpu")
-    return Trainer(config, pipe, conditions, accelerator, latents)
+    pipe.transformer = transformer
+    if sharding is None:  # otherwise it goes there block by block
+        transformer.to(accelerator.device)
+    return Trainer(config, pipe, conditions, accelerator, latents, sharding)
 
 
 def _check_strategy(pipe: Any, strategy: Any) -> None:

@@ -22,6 +22,8 @@ from dit_sparse.distill.losses import critic_loss, student_loss
 from dit_sparse.distill.objective import Level, diffuse, diffuse_on, mixed_noise
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dit_sparse.distill.conditions import Conditions
     from dit_sparse.distill.config import Distill
     from dit_sparse.distill.draw import Draw
@@ -36,11 +38,14 @@ class Group:
         samples: Their indices within the whole batch; names of their random numbers.
         prompts: Their prompts' indices.
         device: Where to compute.
+        beside: Names of the groups that other processes run in the same passes, where all
+            must keep step; this one's may be among them.
     """
 
     samples: list[int]
     prompts: list[int]
     device: torch.device
+    beside: tuple[int, ...] = ()
 
     @property
     def name(self) -> int:
@@ -69,18 +74,24 @@ class Matching:
         self.grid = conditions.grid
         self.objective = self.grid.objective
 
-    def draw_step(self, draw: Draw, group: Group, purpose: str) -> int:
-        """Draw the group's step of the student."""
-        return draw.integer(f"{purpose} step", group.name, self.grid.steps)
+    def draw_step(self, draw: Draw, name: int, purpose: str) -> int:
+        """Draw the step of the student of the group of that name."""
+        return draw.integer(f"{purpose} step", name, self.grid.steps)
 
     @torch.no_grad()
-    def walk(self, draw: Draw, group: Group, wanted: set[int]) -> Walk:
-        """Run the student from noise, and keep the states from which ``wanted`` steps start."""
+    def walk(self, draw: Draw, group: Group, purposes: Sequence[str]) -> Walk:
+        """Run the student from noise, and keep the states that ``purposes`` start from.
+
+        It goes as far as the groups beside this one need, though nothing of that is kept: sharded
+        processes run the same passes.
+        """
+        wanted = {self.draw_step(draw, group.name, purpose) for purpose in purposes}
+        beside = {self.draw_step(draw, name, p) for name in group.beside for p in purposes}
         shape = self.conditions.first.latents
         x = draw.normal("start", group.samples, shape).to(group.device)
         walk = Walk({0: x})
         condition = self.conditions.load(group.prompts)
-        for step in range(max(wanted)):
+        for step in range(max(wanted | beside)):
             clean, noise = self._step(x, step, condition)
             fresh = draw.normal(f"walk {step}", group.samples, shape).to(group.device)
             level = self.grid.level(step + 1, len(x))

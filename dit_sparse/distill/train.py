@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dit_sparse.distill.conditions import Conditions
     from dit_sparse.distill.config import Config
     from dit_sparse.distill.networks import Role
+    from dit_sparse.distill.shard import Sharding
 
 CHECKPOINTS, RESULT = "checkpoints", "result"
 COLUMNS = {
@@ -43,6 +44,7 @@ class Trainer:
         conditions: Its prompts or captions.
         accelerator: Device and other processes.
         latents: For fine-tuning: the encoded clips, one for each caption.
+        sharding: How base weights are spread over processes; None: all have all of them.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class Trainer:
         conditions: Conditions,
         accelerator: Any,
         latents: tuple[Path, ...] = (),
+        sharding: Sharding | None = None,
     ) -> None:
         self.config, self.pipe, self.conditions = config, pipe, conditions
         self.accelerator, self.strategy = accelerator, config.make_strategy()
-        check_parallel(accelerator)
+        self.sharding = sharding
         distil = config.task == "distill"
         roles: tuple[Role, ...] = ("student", "critic") if distil else ("student",)
         sparse: tuple[Role, ...] = roles
@@ -73,6 +76,8 @@ class Trainer:
         )
         if config.train.gradient_checkpointing:
             self.networks.checkpoint_gradients()
+        if sharding is not None:
+            self.networks.shard(sharding, accelerator.device)
         self.updates = {
             role: Update(role, self.networks.parameters(role), config.train, accelerator)
             for role in roles
@@ -136,14 +141,17 @@ class Trainer:
         """List this process's groups of one iteration; together all processes have the batch."""
         train = self.config.train
         size, count = train.micro_batch, len(self.conditions.files)
-        mine = range(self.accelerator.process_index, train.batch // size, self._processes)
-        for group in mine:
+        index, processes = self.accelerator.process_index, self._processes
+        for group in range(index, train.batch // size, processes):
             samples = list(range(group * size, (group + 1) * size))
             prompts = []
             for sample in samples:
                 epoch, place = divmod(iteration * train.batch + sample, count)
                 prompts.append(self._order(self.config.seed, epoch, count)[place])
-            yield Group(samples, prompts, self.accelerator.device)
+            beside: tuple[int, ...] = ()
+            if self.sharding is not None:
+                beside = tuple((group - index + other) * size for other in range(processes))
+            yield Group(samples, prompts, self.accelerator.device, beside)
 
     @property
     def _processes(self) -> int:
@@ -159,9 +167,9 @@ class Trainer:
             draw = Draw(self.config.seed, iteration, part)
             last, total = part == config.critic_updates - 1, self._zero()
             for group in self.groups(iteration):
-                step = matching.draw_step(draw, group, "critic")
-                later = matching.draw_step(draw, group, "student")
-                walk = matching.walk(draw, group, {step, later} if last else {step})
+                step = matching.draw_step(draw, group.name, "critic")
+                later = matching.draw_step(draw, group.name, "student")
+                walk = matching.walk(draw, group, ("critic", "student") if last else ("critic",))
                 loss = matching.critic(draw, group, walk, step).sum() / self.config.train.batch
                 self._backward("critic", step, loss)
                 total += loss.detach()
@@ -208,13 +216,3 @@ class Trainer:
 
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), device=self.accelerator.device)
-
-
-def check_parallel(accelerator: Any) -> None:
-    """Refuse ways to split the work that are not built."""
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise DistillError(
-            f"accelerate is set to {kind}; only data parallel runs are supported (MULTI_GPU, "
-            "MULTI_CPU): choose them in 'accelerate config', and lora to keep memory low"
-        )

@@ -29,7 +29,10 @@ def rate(settings: Train, base: float, iteration: int, *, constant: bool = False
 
 
 class Update:
-    """AdamW for one role.
+    """AdamW for one role, on fp32 weights.
+
+    A parameter in 16 bits has an fp32 weight of its own: small steps would be lost in it. Its
+    gradients are added up there, and it gets the weight's rounded value after each step.
 
     Args:
         role: Whose.
@@ -41,10 +44,16 @@ class Update:
     def __init__(
         self, role: str, parameters: dict[str, nn.Parameter], settings: Train, accelerator: Any
     ) -> None:
-        self.role, self.parameters, self.settings = role, parameters, settings
+        self.role, self.settings = role, settings
         self.accelerator = accelerator
+        self.parameters = {name: _weight(parameter) for name, parameter in parameters.items()}
+        self.rounded = [
+            (parameter, self.parameters[name])
+            for name, parameter in parameters.items()
+            if parameter is not self.parameters[name]
+        ]
         self.optimizer = torch.optim.AdamW(
-            parameters.values(),
+            self.parameters.values(),
             lr=0.0,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -91,8 +100,13 @@ class Update:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self._round()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": total, "norm": float(norm), "skipped": skipped}
+
+    def _round(self) -> None:
+        for parameter, weight in self.rounded:
+            parameter.data.copy_(weight.data)
 
     def state(self) -> dict[str, Tensor]:
         """Give weights and moments by name."""
@@ -125,3 +139,20 @@ class Update:
                     key: value if key == "step" else value.to(parameter.device)
                     for key, value in state.items()
                 }
+        self._round()
+
+
+def _weight(parameter: nn.Parameter) -> nn.Parameter:
+    """Give a parameter's fp32 weight: itself, or one that takes its gradients over."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    weight = torch.nn.Parameter(parameter.detach().float())
+
+    def take(rounded: Tensor) -> None:
+        assert rounded.grad is not None
+        grad = rounded.grad.float()
+        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        rounded.grad = None
+
+    parameter.register_post_accumulate_grad_hook(take)
+    return weight

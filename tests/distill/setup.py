@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from dit_sparse.distill.conditions import Conditions, encode
 from dit_sparse.distill.config import Config
+from dit_sparse.distill.shard import Sharding
 from dit_sparse.distill.train import Trainer
 from tests import tiny
 
@@ -59,12 +61,19 @@ def conditions(pipe: Any, args: dict[str, Any], folder: Any, steps: int = 3) -> 
     return encode(pipe, texts, shared, folder, steps=steps)
 
 
-def trainer(folder: Any, name: str = "wan", **changes: Any) -> Trainer:
+def trainer(
+    folder: Any, name: str = "wan", *, sharding: Sharding | None = None, **changes: Any
+) -> Trainer:
     """Make a trainer on a tiny pipeline."""
     settings = config(folder, **changes)
     pipe, args = pipeline(name)
     known = conditions(pipe, args, settings.cache, settings.steps)
-    return Trainer(settings, pipe, known, Accelerator(cpu=True))
+    if settings.train.dtype == "bfloat16":  # loaded, as some modules then stay in fp32
+        kind = type(pipe.transformer)
+        with tempfile.TemporaryDirectory() as place:
+            pipe.transformer.save_pretrained(place)
+            pipe.transformer = kind.from_pretrained(place, torch_dtype=torch.bfloat16)
+    return Trainer(settings, pipe, known, Accelerator(cpu=True), sharding=sharding)
 
 
 def weights(made: Trainer) -> dict[str, torch.Tensor]:

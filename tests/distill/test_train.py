@@ -162,14 +162,31 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     assert checkpoint.resume(tmp_path / "checkpoints", made.config, made.updates.values()) == 1
 
 
-def test_fsdp_is_refused(tmp_path):
-    from dit_sparse.distill.train import check_parallel
-
-    class Other:
-        distributed_type = "DistributedType.FSDP"
-
-    with pytest.raises(DistillError, match="set to FSDP; only data parallel"):
-        check_parallel(Other())
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_whole_weights_in_16_bits_train_in_fp32(tmp_path, checkpointing):
+    """Steps that a rounded weight would lose add up, and the model runs the rounded sum."""
+    slow = {"student_lr": 1e-5, "critic_lr": 1e-5, "warmup": 0, "iterations": 3}
+    train = {"dtype": "bfloat16", "gradient_checkpointing": checkpointing, **slow}
+    made = setup.trainer(tmp_path, lora=None, train=train)
+    models = made.networks.models
+    teacher = {name: p.clone() for name, p in models["teacher"].named_parameters()}
+    made.run()
+    for role, update in made.updates.items():
+        own = dict(models[role].named_parameters())
+        assert {p.dtype for p in own.values()} == {torch.bfloat16, torch.float32}
+        moved = 0
+        for name, weight in update.parameters.items():
+            assert weight.dtype == torch.float32
+            assert own[name].grad is None
+            assert torch.equal(own[name], weight.detach().to(own[name].dtype)), name
+            moved += bool((weight.detach() != teacher[name].float()).any())
+        assert moved > len(own) / 2, role
+    resumed = setup.trainer(tmp_path, lora=None, train={**train, "iterations": 4})
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.resume(folder, resumed.config, resumed.updates.values()) == 3
+    for role in made.networks.roles:
+        pairs = zip(*(m.networks.parameters(role).values() for m in (made, resumed)), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("name", ["wan", "flux"])
