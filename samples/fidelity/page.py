@@ -51,9 +51,9 @@ SSIM {{ "%.4f" | format(model.floor.ssim) }}.
 {% endif %}
 ![PSNR over density](fidelity/{{ model.model }}.png)
 
-![the first pair, dense above every method, alphabetically](fidelity/{{ model.model }}-strip.png)
+![the first pair, dense above every method](fidelity/{{ model.model }}-strip.png)
 
-The first pair at density {{ model.densities[0] }}, dense on top.
+The first pair, dense on top.
 {% for density in model.densities %}
 ### Density {{ density }}{% if model.video_share < 1 %} of the video's pairs, \
 {{ "%.3f" | format(1 - model.video_share * (1 - density)) }} of all{% endif %}

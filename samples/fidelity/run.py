@@ -16,15 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from arms import KNOBS, TOLERANCE, Maker, overall
 from models import MODELS
+from strip import draw_strip
 
 from dit_sparse.cli.source import SampleDefaults, Settings
-from dit_sparse.quality.clips import open_clip
 from dit_sparse.strategy_io import write_text
-from dit_sparse.video import frame_strip, write_png
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "fidelity"
@@ -144,18 +142,6 @@ def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]
     }
 
 
-def draw_strip(place: Path, density: float, path: Path) -> None:
-    """Draw the first pair's clips, dense above every strategy of one density."""
-    folder = min((place / "pairs").iterdir())
-    suffix = f"-{100 * density:g}.json"
-    rows = {}
-    for made in [folder / "dense.json", *sorted(folder.glob(f"*{suffix}"))]:
-        told = json.loads(made.read_text())
-        clip = open_clip(folder / told["file"]["exact"])
-        rows[made.name.removesuffix(suffix).removesuffix(".json")] = np.stack(list(clip.read()))
-    write_png(path, frame_strip(rows, f"{told['prompt']}, seed {told['seed']}", 5))
-
-
 def main() -> None:
     """Do it all for one model."""
     args = read_arguments()
@@ -172,7 +158,8 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, allow_nan=False)
     (RESULTS / f"{args.model.name}.json").write_text(text + "\n")
-    draw_strip(place, args.densities[0], RESULTS / f"{args.model.name}-strip.png")
+    pair = min((place / "pairs").iterdir())
+    draw_strip(pair, args.methods, args.densities, RESULTS / f"{args.model.name}-strip.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dit_sparse.strategy import Strategy
 from tests import tiny
 
 FIDELITY = Path(__file__).parents[2] / "samples" / "fidelity"
-MODULES = ("run", "knobs", "arms", "models", "page", "findings")
+MODULES = ("run", "knobs", "arms", "models", "page", "strip", "findings")
 STEPS = 6
 
 
@@ -229,3 +229,36 @@ def test_pictures_are_read_by_their_prompts(name, tmp_path):
     table = [[kind.read(prompt, path) for path in drawn] for prompt in kind.held_out]
     assert all(row[number] for number, row in enumerate(table))
     assert sum(map(sum, table)) == len(drawn)  # and no other prompt's
+
+
+def test_the_strip_shows_each_method_at_its_place(tmp_path):
+    """Pictures of one colour each; the strip has that colour where row and column meet."""
+    from PIL import Image
+    from strip import draw_strip
+
+    colours = {
+        "dense": (10, 20, 30),
+        "one-50": (200, 0, 0),
+        "one-12.5": (0, 200, 0),
+        "other-12.5": (0, 0, 200),
+    }
+    for name, colour in colours.items():
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
+        told = {"prompt": "a long prompt " * 4, "seed": 1, "file": {"exact": f"{name}.png"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+    draw_strip(tmp_path, ["one", "none", "other"], [0.5, 0.125], tmp_path / "strip.png")
+    found = np.asarray(Image.open(tmp_path / "strip.png").convert("RGB"))
+
+    def place(colour):
+        rows, columns = np.nonzero((found == colour).all(-1))
+        return round(rows.mean()), round(columns.mean())
+
+    left, right = place(colours["one-50"]), place(colours["one-12.5"])
+    below = place(colours["other-12.5"])
+    assert left[0] == right[0] < below[0]
+    assert left[1] < right[1] == below[1]
+    rows, columns = np.nonzero((found == colours["dense"]).all(-1))
+    assert rows.max() < left[0]
+    assert columns.min() < left[1] < right[1] < columns.max()
+    cell = below[0] - right[0]  # the method that is nowhere has no row
+    assert found.shape[0] < 4.2 * cell
