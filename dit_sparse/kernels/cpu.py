@@ -3,10 +3,11 @@
 
 Each row of query blocks becomes one call of the fused attention that
 ``F.scaled_dot_product_attention`` itself reaches on the CPU, over just the keys that it keeps.
-One head at a time: its keys and values are laid out once in the plan's order, side by side, so
-that a row's keys are a view, or a gather of whole blocks (a few per cent of the time). Rows that
-keep the same keys share a call, so a complete plan is one dense call. Masks are only built for
-partial blocks, whose result is merged in by its LSE.
+One head at a time, or several that share a plan where a row is little work: keys and values are
+laid out once in the plan's order, side by side, so that a row's keys are a view, or a gather of
+whole blocks (a few per cent of the time). Rows that keep the same keys share a call, so a complete
+plan is one dense call. Masks are only built for partial blocks, whose result is merged in by its
+LSE.
 
 Rows run in one-thread workers. A thread-parallel call per row would be right too, but where
 cores are shared its thousands of barriers cost several times the dense attention.
@@ -57,6 +58,7 @@ TILES_HELD = 16 << 20  # bytes of unpacked bit tiles
 FEWEST_KEYS = 256  # but at least so many keys
 Q_ROWS = 1024  # queries in one call at most, where they are gathered
 BIG_CALL = 768  # from here on the fused call cuts queries into its largest pieces, of 256
+WORTH_A_CALL = 1e8  # multiply-adds of one row: half a millisecond, several times a call's own cost
 WORTH_A_THREAD = 2e8  # multiply-adds: some milliseconds, many times what starting a thread takes
 VECTOR = 16  # numbers that the fused attention takes at a time, at most
 
@@ -154,10 +156,20 @@ class _Call:
                     ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
                 )
             for i_batch in range(self.batch):
-                for i_head in range(self.heads):
-                    listed = rows[i_batch % plan.batch, i_head % plan.heads]
-                    _Head(self, i_batch, i_head, workers).run(listed, pool)
+                first = 0
+                while first < self.heads:
+                    listed = rows[i_batch % plan.batch, first % plan.heads]
+                    heads = slice(first, first + self._together(listed))
+                    _Heads(self, i_batch, heads, workers).run(listed, pool)
+                    first = heads.stop
         return self.output, self.lse
+
+    def _together(self, rows: list[Row]) -> int:
+        """Say how many heads of one plan share a call."""
+        if self.plan.heads > 1 or not rows:
+            return 1
+        work = self.head_dim * sum(row.queries * row.keys for row in rows) / len(rows)
+        return max(1, min(self.heads, int(WORTH_A_CALL / work)))
 
     def _is_dense(self, rows: list[Row]) -> bool:
         """Tell whether all queries read one run of keys."""
@@ -169,17 +181,18 @@ class _Call:
         )
 
 
-class _Head:
-    """One head of one sample."""
+class _Heads:
+    """Heads of one sample that share one plan; often a single one."""
 
-    def __init__(self, call: _Call, i_batch: int, i_head: int, workers: int) -> None:
+    def __init__(self, call: _Call, i_batch: int, heads: slice, workers: int) -> None:
         plan = call.plan
         self.call, self.plan, self.scale, self.workers = call, plan, call.scale, workers
-        self.q, self.k, self.v = (x[i_batch, i_head] for x in (call.q, call.k, call.v))
-        self.output = call.output[i_batch, :, i_head]  # [tokens, head_dim]
-        self.lse = call.lse[i_batch, i_head]  # [tokens]
+        self.q, self.k, self.v = (x[i_batch, heads] for x in (call.q, call.k, call.v))
+        self.output = call.output[i_batch, :, heads].transpose(0, 1)  # [heads, tokens, head_dim]
+        self.lse = call.lse[i_batch, heads]  # [heads, tokens]
+        self.count = self.q.shape[0]
         self.q_token, self.kv_token, self.weight = (
-            None if x is None else pick(x, i_batch, i_head)
+            None if x is None else pick(x, i_batch, heads.start)
             for x in (plan.q_permutation, plan.kv_permutation, plan.kv_log_weight)
         )
         self.row_bytes = call.head_dim * call.q.element_size()
@@ -188,10 +201,10 @@ class _Head:
             self.k.isfinite().all() and self.v.isfinite().all()
         )
         # Keys and values that one call gathers at most.
-        self.most_keys = max(FEWEST_KEYS, GATHERED // (2 * workers * self.row_bytes))
+        self.most_keys = max(FEWEST_KEYS, GATHERED // (2 * workers * self.count * self.row_bytes))
 
     def run(self, rows: list[Row], pool: ThreadPoolExecutor | None) -> None:
-        """Compute all rows of this head."""
+        """Compute all rows of these heads."""
         waiting: list[Row] = []
         for row in rows:
             if pool is None and row.queries >= BIG_CALL and self._is_view(row):
@@ -221,22 +234,22 @@ class _Head:
     def _attend_big(self, row: Row) -> None:
         """Attend many queries to one run of keys, nothing copied."""
         (start, stop), (first, last) = row.q[0], row.kv[0]
-        k, v = (x[None, None, first:last] for x in (self.k, self.v))
+        k, v = (x[None, :, first:last] for x in (self.k, self.v))
         step = max(256, GATHERED // self.row_bytes // 256 * 256)
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
-            o, e = _fused(self.q[None, None, begin:end], k, v, self.scale)
-            self.output[begin:end] = o[0, 0]
-            self.lse[begin:end] = e[0, 0]
+            o, e = _fused(self.q[None, :, begin:end], k, v, self.scale)
+            self.output[:, begin:end] = o[0]
+            self.lse[:, begin:end] = e[0]
 
     def _lay_out(self, reads: int) -> None:
         """Copy keys and values into slot order where they are read often and fit."""
         slots = self.plan.kv.slots
-        if reads < 2 * slots or 2 * slots * self.row_bytes > LAID_OUT:
+        if reads < 2 * slots or 2 * slots * self.count * self.row_bytes > LAID_OUT:
             return
         if self.kv_token is not None:
             token = self.kv_token.clamp(min=0)
-            self.k, self.v = self.k.index_select(0, token), self.v.index_select(0, token)
+            self.k, self.v = self.k.index_select(1, token), self.v.index_select(1, token)
             self.kv_token = None
         else:
             self.k, self.v = self.k.contiguous(), self.v.contiguous()
@@ -275,12 +288,12 @@ class _Head:
             return
         if self.q_token is None and len(row.q) == 1:
             start, stop = row.q[0]
-            self.output[start:stop] = o[0, 0]
-            self.lse[start:stop] = e[0, 0]
+            self.output[:, start:stop] = o[0]
+            self.lse[:, start:stop] = e[0]
         else:
             token = self._tokens(self.q_token, row.q)
-            self.output.index_copy_(0, token, o[0, 0])
-            self.lse.index_copy_(0, token, e[0, 0].float())
+            self.output.index_copy_(1, token, o[0])
+            self.lse.index_copy_(1, token, e[0].float())
 
     def _tokens(self, permutation: Tensor | None, spans: list[Span]) -> Tensor:
         if permutation is None:
@@ -288,12 +301,12 @@ class _Head:
         return torch.cat([permutation[start:stop] for start, stop in spans])
 
     def _keys(self, spans: list[Span], buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Lay the keys and values of ``spans`` side by side, each ``[1, 1, keys, head_dim]``."""
+        """Lay the keys and values of ``spans`` side by side, ``[1, heads, keys, head_dim]``."""
         if self.kv_token is None and len(spans) == 1:
             keys = slice(*spans[0])
-            return self.k[None, None, keys], self.v[None, None, keys]
+            return self.k[None, :, keys], self.v[None, :, keys]
         count = sum(stop - start for start, stop in spans)
-        slots = self.k.shape[0]
+        heads, slots, head_dim = self.k.shape
         length, rest, pieces = self.piece, 0, None
         if self.kv_token is None and self.k.is_contiguous() and self.v.is_contiguous():
             pieces = pieces_of(spans, length, slots)
@@ -304,25 +317,26 @@ class _Head:
             rest = pieces[1]
         found = []
         for name, source in (("k", self.k), ("v", self.v)):
-            if name not in buffers or buffers[name].shape[0] < count:
-                buffers[name] = source.new_empty((count, self.call.head_dim))
-            target = buffers[name][:count]
+            size = heads * count * head_dim
+            if name not in buffers or buffers[name].numel() < size:
+                buffers[name] = source.new_empty(size)
+            target = buffers[name][:size].view(heads, count, head_dim)
             if length == 1:
-                torch.index_select(source, 0, index, out=target)
+                torch.index_select(source, 1, index, out=target)
             else:
-                whole = source[: slots // length * length].view(slots // length, -1)
-                into = target[: count - rest].view(len(index), -1)
-                torch.index_select(whole, 0, index, out=into)
+                whole = source[:, : slots // length * length].view(heads, slots // length, -1)
+                into = target[:, : count - rest].view(heads, len(index), -1)
+                torch.index_select(whole, 1, index, out=into)
                 if rest:
-                    target[count - rest :] = source[slots - rest :]
-            found.append(target[None, None])
+                    target[:, count - rest :] = source[:, slots - rest :]
+            found.append(target[None])
         return found[0], found[1]
 
     def _queries(self, row: Row) -> Tensor:
-        """Lay the queries of a row side by side, ``[1, 1, queries, head_dim]``."""
+        """Lay the queries of a row side by side, ``[1, heads, queries, head_dim]``."""
         if self.q_token is None and len(row.q) == 1:
-            return self.q[None, None, slice(*row.q[0])]
-        return self.q.index_select(0, self._tokens(self.q_token, row.q))[None, None]
+            return self.q[None, :, slice(*row.q[0])]
+        return self.q.index_select(1, self._tokens(self.q_token, row.q))[None]
 
     def _weights(self, spans: list[Span]) -> Tensor | None:
         """Log weights of the keys of ``spans``; None where the plan has none."""

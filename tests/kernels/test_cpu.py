@@ -108,7 +108,7 @@ def test_an_error_in_a_worker_is_raised_and_ends_the_others(monkeypatch):
         raise KeyError
 
     monkeypatch.setattr(cpu, "_sdpa", fail)
-    monkeypatch.setattr(cpu._Head, "_work", keep_going(cpu._Head._work))
+    monkeypatch.setattr(cpu._Heads, "_work", keep_going(cpu._Heads._work))
     layout = BlockLayout.from_lengths([16] * 40)
     plan = BlockPlan.from_block_mask(torch.eye(40, dtype=torch.bool)[None, None], layout, layout)
     with pytest.raises(ZeroDivisionError):
