@@ -26,28 +26,31 @@ beside it: 6 of 10 dense, 3 to 8 at half of the pairs, with no order in ten.
   cluster at least; the lines under the tables say what they come to.
 """,
     "wan-tiny": """
-Pair by pair, the mix has a higher PSNR than each single method in at least 9 of the 10 pairs
-(the difference's median is 4.0 dB against blade and 4.2 against svg2), and better SSIM and
-LPIPS in at least 7 of 10 against blade, 8 of 10 against every other. Two pairs turn against it:
-the red circle with seed 1001 has 21.8 dB, where svg2 has 25.1 and four others 22 to 25; the
-blue square with seed 1000 has 29.9, where blade has 31.9. All of this is at equal density,
-**not at equal time**: much of the mix is svg2, whose clustering costs more on this CPU than it
-saves at 2304 tokens. A search for time (`--target`, `--budget`) takes other methods
-([profiler](../profiler.md)).
+The mix is nearest at all three densities: it has the higher PSNR in at least 8 of 10 pairs against
+each single method at 0.5 and 0.25, and in at least 7 at 0.125, where it alone has many clips right
+(5 of 10; pooled 2, blade 1, the others none). Some pairs turn against it: the red circle with seed
+1001 has 21.8 dB at 0.5 where svg2 has 25.1, the blue square with seed 1000 29.6 where blade has
+31.9. All of this is at equal density, **not at equal time**: much of the mix is svg2, whose
+clustering costs more on this CPU than it saves at 2304 tokens. A search for time (`--target`,
+`--budget`) takes other methods ([profiler](../profiler.md)).
 
-Clips of one prompt (the blue square, seed 1000) were looked at side by side: the mix cannot be
-told from dense at a glance, svg2's square loses corners, rettention's background turns from
-dark gray to black, pooled loses the square by the end, radial shows two of them. Why, as far as
-the [atlas](../atlas.md) lets one guess:
+In the strip the mix's circle has a bite on the first frame at 0.25 and is no longer round at
+0.125; gna paints up to five objects, pooled fades, blade's circle breaks up. Why, as far as the
+[atlas](../atlas.md) lets one guess:
 
-- *svg2* and *blade* choose anew at every call by content, and come next.
-- *sparsed* and *adaspa* search exactly, but once, at the first step; some heads move later.
+- *svg2* and *blade* choose anew at every call by content, and come next. svg2 has
+  9 clips right at 0.25, where dense has 8; below 0.151 it cannot go (a cluster reads one cluster
+  at least).
+- *sparsed* and *adaspa* search exactly, but once, at the first step, where all is noise and heads
+  look near; and the search is a dense step, one of ten. At 0.125 the nine others are left with
+  0.028, one block a row: both then choose the same, and four bands of the picture, a row of blocks
+  each, go their own ways. Of 50 steps a search would be a fiftieth.
 - *rettention* is near by PSNR; its SSIM of 0.16 and 0.25 are of the clips over black, where a
   shift of the dark background counts in full.
 - *xattention* has one threshold for all heads: sharp ones keep little, flat ones nearly all.
 - *pooled* scores by block means, which blur the few tokens that sharp heads look for.
-- *sparse_vdit* (an older run: its lambda bisected with epsilon at 1, bands alone to choose from,
-  as in the mix) has bands only; the diffuse heads, half of all, fit none of them.
+- *sparse_vdit* has one fixed pattern a head, which is enough at 0.5; at 0.125 it skips a third of
+  the heads.
 - *gna*, *svg* and *radial* fix by geometry what heads may see, and half of the heads look
   across the whole clip. With 4 blocks to a frame radial's bands have few widths to choose from.
 """,
