@@ -17,7 +17,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-MODELS ?= wan-tiny
+MODELS ?= wan-tiny flux-tiny cogvideox-tiny pixart-tiny hunyuan-video-tiny
 
 VENV := .venv
 BIN := $(VENV)/bin

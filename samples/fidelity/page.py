@@ -27,7 +27,8 @@ TEMPLATE = """\
 Small models, trained for this repository, stand in for the real ones: **the order of methods and
 the figures are theirs, and say little about real checkpoints.** Each pair is a sparse clip and the
 dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pair beside them.
-`make fidelity` makes everything anew (hours on a CPU); `fidelity/*.json` has every pair.
+`make fidelity MODELS=wan-tiny` makes a model's part anew (two hours of one CPU core), without
+`MODELS` all five are made; `fidelity/*.json` has every pair.
 
 - *density*: of all pairs, measured over all calls of the generation, steps on which a method
   searches or refreshes counted as 1. Text is exact in every method; where it stands in one
