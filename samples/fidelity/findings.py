@@ -7,8 +7,8 @@ What the prompt leaves open is decided by little: the strip's dense background i
 most sparse clips, whose circle is right. Such a pair has a low PSNR all over; medians of ten move
 by several dB with one pair more or less.
 
-- *svg2* has the best median and the best worst pair at all three densities: here the mix is **not**
-  the best. Pair by pair the two are level (the mix is nearer in 5, 8 and 5 of 10); a yellow
+- *svg2* has the best median and the best worst pair at all three densities: the mix is **not** the
+  best here. Pair by pair the two are level (the mix is nearer in 5, 8 and 5 of 10); a yellow
   triangle at 0.5 (14.2 dB against 32.7) and a white circle at 0.125 (11.2 against 22.1) turned out
   otherwise under the mix. It is searched for the least error of single calls on two other prompts,
   which says little about where a generation forks.
