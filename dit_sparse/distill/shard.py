@@ -45,6 +45,8 @@ def read_sharding(accelerator: Any) -> Sharding | None:
         DistillError: DeepSpeed or another way to split the work that is not built, or a setting of
             FSDP that would not be followed; says what to set instead.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind == "NO" or kind.startswith("MULTI_"):
         return None
@@ -68,7 +70,7 @@ def read_sharding(accelerator: Any) -> Sharding | None:
                 "'accelerate config' wrote"
             )
     # Without an offload accelerate keeps None or the policy's empty base class here.
-    offload = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+    offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     return Sharding(bool(plugin.reshard_after_forward), offload)
 
 

@@ -129,7 +129,9 @@ def plot(told: dict[str, Any], arms: dict[str, Any], path: Path) -> None:
             for name, arm in arms.items()
             if name.rpartition("-")[0] == method
         )
-        style = {"color": "black", "linewidth": 2.5} if method == "mixed" else {"linewidth": 1.2}
+        style = {"color": plt.get_cmap("tab20")(number), "linewidth": 1.2}
+        if method == "mixed":
+            style = {"color": "black", "linewidth": 2.5}
         marker = "osv^D<>phX*P"[number % 12]
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=method, **style)
     axes.set(xlabel="density, searches included", ylabel="PSNR to the dense clip, dB")

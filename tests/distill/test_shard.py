@@ -13,7 +13,6 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.shard import Sharding, check_sharding, read_sharding
-from dit_sparse.distill.source import without_weights
 from tests.distill import setup
 
 GOOD = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
@@ -66,25 +65,6 @@ def test_deepspeed_is_refused():
 def test_runs_that_cannot_be_spread_are_refused(tmp_path, name, changes, told):
     with pytest.raises(DistillError, match=told):
         check_sharding(setup.config(tmp_path, **changes), setup.pipeline(name)[0], 2)
-
-
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "flux", "pixart_sigma"])
-def test_what_is_recorded_needs_no_weights(tmp_path, name):
-    """Prompts and grid are those that the whole model would have been told."""
-    pipe, args = setup.pipeline(name)
-    whole = setup.conditions(pipe, args, tmp_path / "whole")
-    model = pipe.transformer
-    pipe.transformer = without_weights(model, torch.device("cpu"))
-    assert sum(p.numel() for p in pipe.transformer.parameters()) == 0
-    assert (pipe.transformer.dtype, pipe.transformer.device) == (model.dtype, model.device)
-    bare = setup.conditions(pipe, args, tmp_path / "bare")
-    assert torch.equal(bare.grid.told, whole.grid.told)
-    assert bare.first.latents == whole.first.latents
-    assert bare.first.shared.keys() == whole.first.shared.keys()
-    for index in range(len(whole.files)):
-        one, other = whole.load([index]), bare.load([index])
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.gpu
