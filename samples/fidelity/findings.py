@@ -12,8 +12,8 @@ by several dB with one pair more or less.
   triangle at 0.5 (14.2 dB against 32.7) and a white circle at 0.125 (11.2 against 22.1) turned out
   otherwise under the mix. It is searched for the least error of single calls on two other prompts,
   which says little about where a generation forks.
-- *blade* and *xattention* choose anew at every call and come next; blade has 8 clips right at
-  0.25, where dense has 7.
+- *blade* and *xattention* choose anew at every call and come next at 0.5 and 0.25; blade has 8
+  clips right at 0.25, where dense has 7.
 - *sparse_vdit* is fifth at 0.5; at 0.125 bands and skipped heads are left, and nothing is seen.
 - *sparsed* and *adaspa*: the search is one dense step of ten; at 0.125 one block a row is left to
   the others, both choose the same, and bands of the picture part, as for wan-tiny.
@@ -59,7 +59,7 @@ In the strip the mix's circle has a bite on the first frame at 0.25 and is no lo
 0.125; gna paints up to five objects, pooled fades, blade's circle breaks up. Why, as far as the
 [atlas](../atlas.md) lets one guess:
 
-- *svg2* and *blade* choose anew at every call by content, and come next. svg2 has
+- *svg2* and *blade* choose anew at every call by content, and come next at 0.5. svg2 has
   9 clips right at 0.25, where dense has 8; below 0.151 it cannot go (a cluster reads one cluster
   at least).
 - *sparsed* and *adaspa* search exactly, but once, at the first step, where all is noise and heads
