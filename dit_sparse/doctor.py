@@ -20,7 +20,7 @@ import torch
 from dit_sparse._version import __version__
 from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
 from dit_sparse.canary import check_kernel
-from dit_sparse.pipelines import FAMILIES
+from dit_sparse.pipelines import FAMILIES, MODELS
 from dit_sparse.strategy_io import shipped_names
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
@@ -104,9 +104,8 @@ def diagnose() -> Diagnosis:
     devices = tuple(_examine(name) for name in names)
     problems = [problem for device in devices for problem in _problems(device)]
     problems += [problem for problem in (_torchvision(), _ffmpeg()) if problem]
-    return Diagnosis(
-        environment(), devices, tuple(sorted(FAMILIES)), shipped_names(), tuple(problems)
-    )
+    models = tuple(sorted({*FAMILIES, *MODELS}))
+    return Diagnosis(environment(), devices, models, shipped_names(), tuple(problems))
 
 
 def _examine(name: str) -> Device:

@@ -49,6 +49,7 @@ def test_this_machine_is_well():
     assert kernels["reference"].by_name_only
     json.dumps(found.as_dict(), allow_nan=False)
     assert found.as_dict()["devices"][0]["chosen"] == "cpu"
+    assert {"WanTransformer3DModel", "MochiTransformer3DModel"} <= {*found.models}
 
 
 def test_the_environment_is_plain_data():

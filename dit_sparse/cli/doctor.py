@@ -40,6 +40,8 @@ def run(
 
 
 def _show(found: Diagnosis) -> None:
+    from dit_sparse.pipelines import ALL
+
     env = found.environment
     OUT.print(
         f"[bold]dit_sparse {env['dit_sparse']}[/], Python {env['python']}, {env['platform']}"
@@ -60,7 +62,7 @@ def _show(found: Diagnosis) -> None:
             table.add_row(kernel.name, _state(kernel, device))
         OUT.print(table)
         OUT.print()
-    OUT.print(f"[bold]models[/]      {', '.join(found.models)}", highlight=False)
+    OUT.print(f"[bold]models[/]      {ALL}", highlight=False)
     OUT.print(f"[bold]strategies[/]  {', '.join(found.strategies) or 'none'}", highlight=False)
     for problem in found.problems:
         OUT.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False)

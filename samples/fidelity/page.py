@@ -68,6 +68,17 @@ The first pair, dense on top.
 {% endfor %}
 {% for name, why in model.absent[density] %}{{ name }}: not in the table, {{ why }}.
 {% endfor %}{% endfor %}
+{% if model.made_of %}### What was chosen per head
+
+Share of all heads, layers and steps.
+
+| strategy | made of |
+|---|---|
+{% for name, share in model.made_of -%}
+| {{ name }} | {{ share }} |
+{% endfor %}
+{% endif %}### What is to be made of it
+
 {{ model.findings }}
 {% endfor %}"""
 
@@ -119,6 +130,23 @@ def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
     return rows
 
 
+def made_of(told: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+    """Write each strategy's name and its shares, most pairs kept first."""
+    rows = []
+    for arm, shares in sorted(told.items(), key=_by_method_and_density):
+        method, _, percent = arm.rpartition("-")
+        parts = (
+            f"{name.removeprefix(f'{method}:')} {share:.0%}" for name, share in shares.items()
+        )
+        rows.append((f"{method}, density {float(percent) / 100:g}", ", ".join(parts)))
+    return rows
+
+
+def _by_method_and_density(arm: tuple[str, Any]) -> tuple[str, float]:
+    method, _, percent = arm[0].rpartition("-")
+    return method, -float(percent)
+
+
 def plot(told: dict[str, Any], arms: dict[str, Any], path: Path) -> None:
     """Draw PSNR over density, a line per method."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
@@ -162,6 +190,7 @@ def model_of(path: Path) -> dict[str, Any]:
         ]
         for density in told["densities"]
     }
+    told["made_of"] = made_of(told.get("made_of", {}))
     told["findings"] = FINDINGS.get(told["model"], "").strip()
     return told
 

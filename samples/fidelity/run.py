@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from arms import KNOBS, TOLERANCE, Maker, overall
+from composition import compositions
 from models import MODELS
 from strip import draw_strip
 
@@ -138,6 +139,7 @@ def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]
             for name, why in made.missing.items()
             if float(name.rpartition("-")[2]) / 100 in args.densities
         },
+        "made_of": compositions(place.parent / "strategies", place.parent / "measured"),
         "arms": arms,
     }
 

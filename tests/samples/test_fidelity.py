@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from dit_sparse import enable
-from dit_sparse.strategy import Strategy
+from dit_sparse.strategy import Rule, Strategy
 from tests import tiny
 
 FIDELITY = Path(__file__).parents[2] / "samples" / "fidelity"
-MODULES = ("run", "knobs", "arms", "models", "page", "strip", "findings")
+MODULES = ("run", "knobs", "arms", "composition", "models", "page", "strip", "findings")
 STEPS = 6
 
 
@@ -155,6 +155,20 @@ def test_a_strategy_is_named_by_what_was_asked_for_and_written_once(tmp_path, mo
     ]  # fmt: skip
 
 
+def test_what_a_strategy_is_made_of_is_counted_by_head_layer_and_step():
+    from composition import composition_of
+
+    skip = Rule(method="sparse_vdit", params={"patterns": "skip"}, layers=(1,), heads=(2,))
+    svg2 = Rule(method="svg2", layers=(1,), steps=(0.0, 0.4))
+    strategy = Strategy(name="two", rules=(svg2, skip))
+    # Of 2 layers x 5 steps x 4 heads: head 2 of layer 1 on all steps, its three others on two.
+    assert composition_of(strategy, layers=2, heads=4, num_steps=5) == {
+        "dense": (40 - 5 - 6) / 40,
+        "svg2": 6 / 40,
+        "sparse_vdit:skip": 5 / 40,
+    }
+
+
 def rows(psnr, right, seeds=2):
     return [
         {
@@ -183,6 +197,11 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
         "densities": [0.5, 0.25],
         "video_share": 1.0,
         "missing": {"radial-25": "comes to 0.309 at the nearest"},
+        "made_of": {
+            "mixed-25": {"svg2": 0.75, "sparse_vdit:skip": 0.25},
+            "mixed-50": {"dense": 1.0},
+            "sparse_vdit-50": {"sparse_vdit:skip": 1.0},
+        },
         "arms": {
             "dense": [{"density": 1.0, "right": True}, {"density": 1.0, "right": False}],
             "floor": rows(95.0, right=True),
@@ -202,6 +221,14 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
     assert "### Density 0.25\n" in text
     assert "radial: not in the table, comes to 0.309 at the nearest." in text
     assert "Dense clips right: 1/2." in text
+    made = [
+        line for line in text.splitlines() if line.startswith(("| mixed, ", "| sparse_vdit, "))
+    ]
+    assert made == [
+        "| mixed, density 0.5 | dense 100% |",
+        "| mixed, density 0.25 | svg2 75%, sparse_vdit:skip 25% |",
+        "| sparse_vdit, density 0.5 | skip 100% |",
+    ]
     assert "Noise floor: PSNR 95.5 dB" in text
     assert (folder / "some-tiny.png").stat().st_size > 5000
 
