@@ -12,8 +12,8 @@ LSE.
 Rows run in one-thread workers. A thread-parallel call per row would be right too, but where
 cores are shared its thousands of barriers cost several times the dense attention.
 
-Over the usual length because one call's parts (views, gathers, masks, workers) share its buffers;
-reading the plan stands apart in ``cpu_rows.py``.
+Reading the plan stands apart in ``cpu_rows.py``, its bit tiles in ``cpu_tiles.py``, the fused call
+in ``cpu_fused.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dit_sparse.kernels.cpu_backward import attend_backward, attend_with_grad
+from dit_sparse.kernels.cpu_fused import attend_not_finite, fused, merge
 from dit_sparse.kernels.cpu_mass import block_mass
 from dit_sparse.kernels.cpu_rows import (
     Row,
@@ -38,7 +39,7 @@ from dit_sparse.kernels.cpu_rows import (
     rows_of,
     slots_of,
 )
-from dit_sparse.tiles import unpack_tiles
+from dit_sparse.kernels.cpu_tiles import tile_bias, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,16 +55,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXP_ERROR = 20 * 2.0**-24
 LAID_OUT = 32 << 20  # bytes of one head's keys and values in the plan's order, at most
 GATHERED = 8 << 20  # bytes of gathered keys and values, over all workers
-TILES_HELD = 16 << 20  # bytes of unpacked bit tiles
 FEWEST_KEYS = 256  # but at least so many keys
 Q_ROWS = 1024  # queries in one call at most, where they are gathered
 BIG_CALL = 768  # from here on the fused call cuts queries into its largest pieces, of 256
 WORTH_A_CALL = 1e8  # multiply-adds of one row: half a millisecond, several times a call's own cost
 WORTH_A_THREAD = 2e8  # multiply-adds: some milliseconds, many times what starting a thread takes
-VECTOR = 16  # numbers that the fused attention takes at a time, at most
-
-# What F.scaled_dot_product_attention reaches on the CPU; called by name, it also gives the LSE.
-_sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
 
 
 def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
@@ -124,7 +120,7 @@ class _Call:
             and plan.kv_log_weight is None
         )
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.tile_bias = _tile_bias(plan, wide)
+        self.tile_bias = tile_bias(plan, wide)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Compute output and LSE."""
@@ -137,7 +133,7 @@ class _Call:
         if len(rows) == 1 and self.plain and self._is_dense(rows[0, 0]):
             (first, last) = rows[0, 0][0].kv[0]
             k, v = self.k[:, :, first:last], self.v[:, :, first:last]
-            o, e = _fused(self.q, k, v, self.scale)
+            o, e = fused(self.q, k, v, self.scale)
             return o.transpose(1, 2), e.float()
         self.output = self.q.new_zeros((self.batch, self.tokens, self.heads, self.head_dim))
         self.lse = torch.full((self.batch, self.heads, self.tokens), -torch.inf)
@@ -238,7 +234,7 @@ class _Heads:
         step = max(256, GATHERED // self.row_bytes // 256 * 256)
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
-            o, e = _fused(self.q[None, :, begin:end], k, v, self.scale)
+            o, e = fused(self.q[None, :, begin:end], k, v, self.scale)
             self.output[:, begin:end] = o[0]
             self.lse[:, begin:end] = e[0]
 
@@ -281,7 +277,7 @@ class _Heads:
                 if not weight.numel():
                     continue
             bias = None if weight is None else weight[None, None, None]
-            o, e = _merge(o, e, *_fused(q, k, v, self.scale, bias))
+            o, e = merge(o, e, *fused(q, k, v, self.scale, bias))
         if row.partial:
             o, e = self._attend_partial(row, q, o, e, buffers)
         if o is None or e is None:
@@ -362,14 +358,14 @@ class _Heads:
             k, v = self._keys(spans, buffers)
             bias, nothing = self._bias(part, spans, row.queries)
             if self.finite or (bool(k.isfinite().all()) and bool(v.isfinite().all())):
-                own = _fused(q, k, v, self.scale, bias[None, None])
+                own = fused(q, k, v, self.scale, bias[None, None])
             else:
                 keep = bias != -torch.inf
-                own = _attend_not_finite(q, k, v, bias, keep, self.scale)
+                own = attend_not_finite(q, k, v, bias, keep, self.scale)
             # The fused call gives an LSE of 0 to queries that keep nothing.
             own[0].masked_fill_(nothing[:, None], 0.0)
             own[1].masked_fill_(nothing, -torch.inf)
-            o, e = _merge(o, e, *own)
+            o, e = merge(o, e, *own)
         return o, e
 
     def _bias(
@@ -390,85 +386,9 @@ class _Heads:
                 return made, ~some[[i for *_, i in part], :queries].any(0)
             return made, (made == -torch.inf).all(1)
         assert self.plan.tiles is not None
-        keep = _unpack(self.plan.tiles, part, queries)
+        keep = unpack(self.plan.tiles, part, queries)
         made = torch.zeros(keep.shape, dtype=self.bias_dtype)
         if (weight := self._weights(spans)) is not None:
             made += weight
             keep &= weight != -torch.inf
         return made.masked_fill_(~keep, -torch.inf), ~keep.any(-1)
-
-
-def _tile_bias(plan: BlockPlan, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Unpack all tiles of a plan, where they are few: most rows of a window share them.
-
-    Returns:
-        What they add to the scores, ``[count, queries, keys]``, and which of their queries keep
-        a key, ``[count, queries]``; None where they are many, or log weights are added too.
-    """
-    tiles, keys = plan.tiles, plan.kv.max_length
-    if tiles is None or plan.kv_log_weight is not None:
-        return None
-    if tiles.shape[0] * tiles.shape[1] * keys * dtype.itemsize > TILES_HELD:
-        return None
-    keep = unpack_tiles(tiles, keys)
-    bias = torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, -torch.inf)
-    return bias, keep.any(-1)
-
-
-def _unpack(tiles: Tensor, part: list[tuple[int, int, int]], queries: int) -> Tensor:
-    """Lay the bit tiles of ``part`` side by side: bool ``[queries, keys]``."""
-    shift = torch.arange(32, dtype=torch.int32)
-    words = tiles[[tile for _, _, tile in part], :queries]  # [part, queries, words]
-    bits = ((words[..., None] >> shift) & 1).flatten(-2).bool()
-    return torch.cat([bits[i, :, : stop - start] for i, (start, stop, _) in enumerate(part)], 1)
-
-
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attend to every key, all ``[batch, heads, tokens, head_dim]``; gives output and LSE.
-
-    Torch's fused attention loses a nan in two cases (seen in 2.13): of fewer than one vector of
-    keys all of whose scores are nan it makes 0, and of an infinite score in 16 bits too.
-    """
-    few = k.shape[2] < VECTOR
-    if few and not (bool(q.isfinite().all()) and bool(k.isfinite().all())):
-        keep = torch.ones((), dtype=torch.bool).expand(q.shape[2], k.shape[2])
-        bias = torch.zeros((), dtype=torch.float32) if bias is None else bias
-        return _attend_not_finite(q, k, v, bias, keep, scale)
-    o, e = _sdpa(q, k, v, attn_mask=bias, scale=scale)
-    lost = e == torch.inf
-    if bool(lost.any()):
-        o.masked_fill_(lost[..., None], torch.nan)
-    return o, e
-
-
-def _attend_not_finite(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend under a mask when some key or value is nan or inf: who keeps it sees it, no other."""
-    work = torch.promote_types(q.dtype, torch.float32)
-    score = (q.to(work) @ k.to(work).mT) * scale + torch.where(keep, bias, 0.0).to(work)
-    score.masked_fill_(~keep, -torch.inf)
-    lse = score.logsumexp(-1, keepdim=True)
-    weight = (score - lse).exp().masked_fill_(~keep, 0.0)
-    wide = v.to(work)
-    finite = wide.isfinite()
-    output = weight @ torch.where(finite, wide, 0.0)
-    for j in (~finite).any(-1).flatten(0, 1).any(0).nonzero().flatten().tolist():
-        term = weight[..., j, None] * wide[..., j, None, :]  # [batch, heads, queries, head_dim]
-        seen = keep[:, j, None] & ~finite[..., j, None, :]
-        output += torch.where(seen, term, 0.0)
-    return output.to(q.dtype), lse.squeeze(-1)
-
-
-def _merge(
-    o: Tensor | None, e: Tensor | None, o_new: Tensor, e_new: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Join two results over disjoint keys: ``O = sum O_i exp(LSE_i - LSE)``."""
-    if o is None or e is None:
-        return o_new, e_new
-    lse = torch.logaddexp(e, e_new)
-    base = torch.where(lse == -torch.inf, 0.0, lse)
-    mixed = o * (e - base).exp()[..., None] + o_new * (e_new - base).exp()[..., None]
-    return mixed.to(o.dtype), lse

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dit_sparse.bench import measure_peak_memory
 from dit_sparse.canary import compare
 from dit_sparse.grid import BlockLayout, LatentsGrid
-from dit_sparse.kernels import cpu, cpu_mass, cpu_rows, reference
+from dit_sparse.kernels import cpu, cpu_fused, cpu_mass, cpu_rows, cpu_tiles, reference
 from dit_sparse.kernels.cpu_rows import piece_length, pieces_of, rows_of, slots_of
 from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for, sides
@@ -30,7 +30,7 @@ def _small_limits(monkeypatch, request):
     monkeypatch.setattr(cpu, "BIG_CALL", 8)
     monkeypatch.setattr(cpu, "FEWEST_KEYS", 5)
     monkeypatch.setattr(cpu_rows, "WHOLE_BLOCKS", 2)
-    monkeypatch.setattr(cpu, "TILES_HELD", request.param)
+    monkeypatch.setattr(cpu_tiles, "TILES_HELD", request.param)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -107,7 +107,7 @@ def test_an_error_in_a_worker_is_raised_and_ends_the_others(monkeypatch):
         time.sleep(0.05)
         raise KeyError
 
-    monkeypatch.setattr(cpu, "_sdpa", fail)
+    monkeypatch.setattr(cpu_fused, "_sdpa", fail)
     monkeypatch.setattr(cpu._Heads, "_work", keep_going(cpu._Heads._work))
     layout = BlockLayout.from_lengths([16] * 40)
     plan = BlockPlan.from_block_mask(torch.eye(40, dtype=torch.bool)[None, None], layout, layout)
