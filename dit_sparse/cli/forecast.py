@@ -137,6 +137,7 @@ def run(
 
 def read_model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
     """Find a model's transformer config, its usual size, and its VAE's config."""
+    from dit_sparse.pipelines import family_by_name
     from dit_sparse.pipelines.known import KNOWN_MODELS, KnownModel, known_model
 
     if name in KNOWN_MODELS:
@@ -148,10 +149,11 @@ def read_model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
     if config is None:
         raise UserError(f"{name}: has no transformer/config.json")
     defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
-    usual = next(
-        (k for k in KNOWN_MODELS.values() if k.config["_class_name"] == config["_class_name"]),
-        KnownModel({}, 1024, 1024),
-    )
+    if "_class_name" not in config:
+        raise UserError(
+            f"{name}: transformer/config.json: has no _class_name, as diffusers writes"
+        )
+    usual = family_by_name(config["_class_name"]).usual
     return KnownModel(
         config,
         defaults.height or usual.height,

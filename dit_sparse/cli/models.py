@@ -81,6 +81,7 @@ def _details(served: list[Row]) -> None:
             ("attention", row.layers),
             ("text", row.text),
             ("grid from", row.grid),
+            ("forecast at", row.forecast),
             ("tried with", _tried(row)),
         ):
             table.add_row(title, escape(text))

@@ -131,13 +131,16 @@ def _grid(
         )
     old = grid_of(strategy)
     if height is None or width is None:
-        unit = model_size(shape.config, 256, 256, 1, vae=shape.vae, text=old.text_length).grid
+        unit = model_size(shape.config, 256, 256, 1, vae=shape.vae).grid
         height = height or old.height * (256 // unit.height)
         width = width or old.width * (256 // unit.width)
-    new = model_size(
-        shape.config, height, width, frames or 1, vae=shape.vae, text=old.text_length
-    ).grid
-    return new if frames is not None else replace(new, frames=old.frames)
+    new = model_size(shape.config, height, width, frames or 1, vae=shape.vae).grid
+    return replace(
+        old,
+        frames=old.frames if frames is None else new.frames,
+        height=new.height,
+        width=new.width,
+    )
 
 
 def _other(path: Path) -> tuple[Strategy, Stored]:

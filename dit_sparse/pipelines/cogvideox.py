@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family, empty
+from dit_sparse.pipelines.family import Family, Usual, empty
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -50,6 +50,7 @@ COGVIDEOX = Family(
     text_first=True,
     batched_cfg=True,
     example=example,
+    usual=Usual(480, 720, 49),
     text_tokens=226,
     pipelines=(
         "CogVideoXPipeline",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -27,12 +27,48 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def _no_example(*_: Any) -> dict[str, Any]:
-    raise UnsupportedError("this family does not say how to call its transformer without data")
+@dataclass(frozen=True, slots=True)
+class Unsized:
+    """Stands in for the example of a row that has none.
+
+    Args:
+        reason: Half a sentence: what counting would have to know that no config tells.
+    """
+
+    reason: str
+
+    def __call__(self, *_: Any) -> NoReturn:
+        """Refuse."""
+        raise UnsupportedError(f"cannot be counted without data: {self.reason}")
 
 
 def _served(_: Any) -> None:
     """Refuse nothing: every config of the class can be served."""
+
+
+def _as_it_is(_: Any) -> dict[str, Any]:
+    """Change nothing: the class itself runs with nothing but torch."""
+    return {}
+
+
+UNKNOWN = Unsized("nothing is known of its forward arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What a family's Diffusers pipeline makes where it is told no size.
+
+    Args:
+        height: Pixels.
+        width: Pixels.
+        num_frames: Frames; 1: it makes pictures, never videos.
+        num_steps: Denoising steps.
+    """
+
+    height: int = 1024
+    width: int = 1024
+    num_frames: int = 1
+    num_steps: int = 50
 
 
 def heads_of(module: Any) -> int:
@@ -69,8 +105,14 @@ class Family:
         shape_input: Forward argument that ``shape`` reads values from (a device read); while the
             very same object comes again, the shape is not computed anew.
         example: ``(config, latent frames, latent height, latent width, text tokens)`` -> forward
-            arguments without data (device "meta", but for ``shape_input``), one sample.
-        text_tokens: Text tokens that its pipeline passes where it is not told.
+            arguments without data (device "meta"), one sample; with data where ``shape`` or the
+            model reads values. ``Unsized`` where a config cannot tell them.
+        stands_in: ``config -> keys`` that give a model of the same size which runs with nothing
+            but torch; counted in its place.
+        text_tokens: Text tokens that its pipeline passes where it is not told, or the most of
+            them where they are as many as the prompt's: of the first text argument, which
+            ``example`` is given.
+        usual: What its pipeline makes where it is told no size.
         compression: Pixels of a latent pixel's side, and frames of a latent frame, in its VAE.
         refuses: ``config -> reason`` why a checkpoint of this class cannot be served, or None.
         pipelines: Names of the Diffusers pipelines that run this class.
@@ -88,8 +130,10 @@ class Family:
     timestep: str = "timestep"
     batched_cfg: bool = False
     shape_input: str | None = None
-    example: Callable[[Any, int, int, int, int], dict[str, Any]] = _no_example
+    example: Callable[[Any, int, int, int, int], dict[str, Any]] = UNKNOWN
+    stands_in: Callable[[Any], dict[str, Any]] = _as_it_is
     text_tokens: int = 512
+    usual: Usual = Usual()
     compression: tuple[int, int] = (8, 4)
     refuses: Callable[[Any], str | None] = _served
     pipelines: tuple[str, ...] = ()

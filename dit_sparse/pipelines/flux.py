@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dit_sparse.pipelines.family import Family, empty
+from dit_sparse.pipelines.examples import FLUX_PARTS, Example
+from dit_sparse.pipelines.family import Family, Usual
 
 if TYPE_CHECKING:
+    from dit_sparse.pipelines.examples import Part
     from dit_sparse.pipelines.family import Shape
 
 
@@ -25,21 +25,11 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:  # noqa: ARG001  (one s
     return 1, int(last[1]) + 1, int(last[2]) + 1, text
 
 
-def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
-    """Make forward arguments without data; two by two latent pixels are packed into a token."""
-    del frames
-    ids = torch.zeros(height // 2, width // 2, 3)
-    ids[-1, -1] = torch.tensor([0, height // 2 - 1, width // 2 - 1])
-    return {
-        "hidden_states": empty(1, (height // 2) * (width // 2), config.in_channels),
-        "encoder_hidden_states": empty(1, text, config.joint_attention_dim),
-        "pooled_projections": empty(1, config.pooled_projection_dim),
-        "timestep": empty(1),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": empty(text, 3),
-        "guidance": empty(1) if config.guidance_embeds else None,
-    }
-
+PARTS: dict[str, Part] = {
+    **FLUX_PARTS,
+    "pooled_projections": "1 pooled_projection_dim",
+    "guidance": "1 ?guidance_embeds",
+}
 
 FLUX = Family(
     name="flux",
@@ -47,7 +37,8 @@ FLUX = Family(
     shape=shape,
     text_first=True,
     shape_input="img_ids",
-    example=example,
+    example=Example(PARTS, pack=2),
+    usual=Usual(num_steps=28),
     pipelines=(
         "FluxPipeline",
         "FluxImg2ImgPipeline",

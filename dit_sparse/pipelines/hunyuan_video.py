@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dit_sparse.pipelines.family import Family, empty
+from dit_sparse.pipelines.examples import PROMPT_MASK, VIDEO_LATENTS, Example
+from dit_sparse.pipelines.family import Family, Usual
 
 if TYPE_CHECKING:
+    from dit_sparse.pipelines.examples import Part
     from dit_sparse.pipelines.family import Shape
 
 
@@ -24,24 +24,22 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:
     return frames // config.patch_size_t, height // patch, width // patch, text
 
 
-def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
-    """Make forward arguments without data."""
-    return {
-        "hidden_states": empty(1, config.in_channels, frames, height, width),
-        "timestep": empty(1),
-        "encoder_hidden_states": empty(1, text, config.text_embed_dim),
-        "encoder_attention_mask": empty(1, text, dtype=torch.bool),
-        "pooled_projections": empty(1, config.pooled_projection_dim),
-        "guidance": empty(1),
-    }
-
+PARTS: dict[str, Part] = {
+    "hidden_states": VIDEO_LATENTS,
+    "timestep": "1",
+    "encoder_hidden_states": "1 text text_embed_dim",
+    "encoder_attention_mask": PROMPT_MASK,
+    "pooled_projections": "1 pooled_projection_dim",
+    "guidance": "1 ?guidance_embeds",
+}
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
     attention=r"(single_)?transformer_blocks\.\d+\.attn",
     shape=shape,
     text_padding=True,
-    example=example,
+    example=Example(PARTS),
+    usual=Usual(720, 1280, 129),
     text_tokens=256,
     pipelines=(
         "HunyuanVideoPipeline",

@@ -31,6 +31,8 @@ class KnownModel:
     num_steps: int = 50
 
 
+# A config without a key but the class has the class's defaults in diffusers, which are those of
+# the published model: the tests hold the number of its weights against the published one.
 _COG = {
     "_class_name": "CogVideoXTransformer3DModel",
     "num_attention_heads": 48,
@@ -55,7 +57,24 @@ KNOWN_MODELS: dict[str, KnownModel] = {
          "sample_width": 300, "sample_frames": 81},
         768, 1360, 81,
     ),
+    "hunyuan-video-1.5": KnownModel(
+        {"_class_name": "HunyuanVideo15Transformer3DModel"}, 480, 848, 121
+    ),
+    "wan2.1-vace-14b": KnownModel({"_class_name": "WanVACETransformer3DModel"}, 480, 832, 81),
+    "ltx-video-2b": KnownModel({"_class_name": "LTXVideoTransformer3DModel"}, 512, 704, 161),
+    "ltx-2": KnownModel(
+        {"_class_name": "LTX2VideoTransformer3DModel"}, 512, 768, 121, num_steps=30
+    ),
+    "mochi-1": KnownModel(
+        {"_class_name": "MochiTransformer3DModel"}, 480, 848, 163, num_steps=64
+    ),
+    "allegro": KnownModel(
+        {"_class_name": "AllegroTransformer3DModel"}, 720, 1280, 85, num_steps=100
+    ),
     "flux.1-dev": KnownModel(_FLUX, 1024, 1024, num_steps=28),
+    "flux.2-dev": KnownModel({"_class_name": "Flux2Transformer2DModel"}, 1024, 1024),
+    "qwen-image": KnownModel({"_class_name": "QwenImageTransformer2DModel"}, 1024, 1024),
+    "z-image": KnownModel({"_class_name": "ZImageTransformer2DModel"}, 1024, 1024),
     "pixart-sigma": KnownModel(_PIXART, 1024, 1024, num_steps=20),
 }  # fmt: skip
 

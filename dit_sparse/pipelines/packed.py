@@ -6,12 +6,15 @@ Where reference pictures follow, rows times columns is not the token count: that
 
 from __future__ import annotations
 
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.examples import FLUX_PARTS, PACKED_LATENTS, Example, Positions
+from dit_sparse.pipelines.family import Family, Unsized, Usual
+from dit_sparse.pipelines.parts import bria_fibo_layers
 from dit_sparse.pipelines.readers import Ids
 
 JOINT_AND_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"
 IMG_IDS = Ids("img_ids")
 REFERENCES = "passes with reference pictures stay dense"
+
 
 CHROMA = Family(
     name="chroma",
@@ -20,6 +23,8 @@ CHROMA = Family(
     text_first=True,
     text_padding=True,
     shape_input="img_ids",
+    example=Example(FLUX_PARTS, pack=2),
+    usual=Usual(num_steps=35),
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     note="its pipelines pass a mask of ones and zeros that diffusers adds to the scores: those "
     "calls stay dense; a bool mask, or none, is served",
@@ -30,6 +35,15 @@ FLUX2 = Family(
     shape=IMG_IDS,
     text_first=True,
     shape_input="img_ids",
+    example=Example(
+        {
+            **FLUX_PARTS,
+            "img_ids": Positions(4),
+            "txt_ids": "text 4",
+            "guidance": "1 ?guidance_embeds",
+        },
+        pack=2,
+    ),
     pipelines=(
         "Flux2Pipeline",
         "Flux2KleinPipeline",
@@ -45,6 +59,7 @@ FLUX3 = Family(
     text_first=True,
     text_varies=True,  # the mode blocks hold the picture alone
     shape_input="img_ids",
+    example=Unsized("its prompt is as long as it is, up to 8192 tokens"),
     note=f"run by its modular pipeline; {REFERENCES} in the single-stream layers",
 )
 BRIA = Family(
@@ -54,6 +69,16 @@ BRIA = Family(
     text_first=True,
     batched_cfg=True,
     shape_input="img_ids",
+    example=Example(
+        {
+            **FLUX_PARTS,
+            "pooled_projections": "1 pooled_projection_dim ?pooled_projection_dim",
+            "guidance": "1 ?guidance_embeds",
+        },
+        pack=2,
+    ),
+    text_tokens=128,
+    usual=Usual(num_steps=30),
     pipelines=("BriaPipeline",),
 )
 BRIA_FIBO = Family(
@@ -64,6 +89,10 @@ BRIA_FIBO = Family(
     text_padding=True,
     batched_cfg=True,
     shape_input="img_ids",
+    example=Example({**FLUX_PARTS, "text_encoder_layers": bria_fibo_layers}),
+    text_tokens=3000,
+    compression=(16, 1),
+    usual=Usual(num_steps=30),
     pipelines=("BriaFiboPipeline", "BriaFiboEditPipeline"),
     note=REFERENCES,
 )
@@ -73,6 +102,7 @@ LONGCAT_IMAGE = Family(
     shape=IMG_IDS,
     text_first=True,
     shape_input="img_ids",
+    example=Example(FLUX_PARTS, pack=2),
     pipelines=("LongCatImagePipeline", "LongCatImageEditPipeline"),
     note=REFERENCES,
 )
@@ -82,6 +112,8 @@ OVIS_IMAGE = Family(
     shape=IMG_IDS,
     text_first=True,
     shape_input="img_ids",
+    example=Example(FLUX_PARTS, pack=2),
+    text_tokens=256,
     pipelines=("OvisImagePipeline",),
 )
 KREA2 = Family(
@@ -91,5 +123,15 @@ KREA2 = Family(
     text_first=True,
     text_padding=True,
     shape_input="position_ids",
+    example=Example(
+        {
+            "hidden_states": PACKED_LATENTS,
+            "encoder_hidden_states": "1 text num_text_layers text_hidden_dim",
+            "timestep": "1",
+            "position_ids": Positions(joint=True),
+        },
+        pack=2,
+    ),
+    usual=Usual(num_steps=28),
     pipelines=("Krea2Pipeline",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family, empty
+from dit_sparse.pipelines.family import Family, Usual, empty
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -35,6 +35,7 @@ PIXART = Family(
     text_free=True,
     batched_cfg=True,
     example=example,
+    usual=Usual(num_steps=20),
     text_tokens=300,
     pipelines=(
         "PixArtAlphaPipeline",

@@ -7,6 +7,7 @@ torch's own counter of floating-point operations.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_sparse.errors import UnsupportedError
 from dit_sparse.pipelines import family_by_name
-from dit_sparse.pipelines.family import heads_of
+from dit_sparse.pipelines.counting import Attended, Mixed
+from dit_sparse.pipelines.family import Unsized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dit_sparse.grid import LatentsGrid
-    from dit_sparse.pipelines.family import Family
+    from dit_sparse.pipelines.family import Family, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class ModelSize:
         heads: Heads in each.
         head_dim: Width of a head.
         parameters: Number of weights.
-        attention_flops: Of all main self-attentions, 4 tokens^2 heads head_dim layers.
+        attention_flops: Of all main self-attentions, 4 tokens^2 heads head_dim of each, with the
+            tokens that it was called with.
         other_flops: Of everything else: projections, feed-forward, cross-attention.
     """
 
@@ -69,17 +72,21 @@ def model_size(
         width: Pixels.
         num_frames: Frames; 1 for image models.
         vae: The VAE's ``config.json``; None: the family's usual compression.
-        text: Text tokens; None: as many as the family's pipeline passes.
+        text: Text tokens of the first prompt; None: as many as the family's pipeline passes.
 
     Raises:
-        UnsupportedError: No adapter for the class, a config it does not take, or a size that does
-            not make whole tokens.
+        UnsupportedError: No adapter for the class, one that cannot be counted without data, a
+            config it does not take, or a size that does not make whole tokens.
     """
     import diffusers
 
     name = str(config.get("_class_name", ""))
     family = family_by_name(name)
+    if isinstance(family.example, Unsized):
+        raise UnsupportedError(f"{name}: cannot be counted without data: {family.example.reason}")
     spatial, temporal = compression(vae, family)
+    if num_frames > 1 and family.usual.num_frames == 1:
+        raise UnsupportedError(f"{name} makes pictures: 1 frame was wanted, got {num_frames}")
     if height % spatial or width % spatial or (num_frames - 1) % temporal:
         raise UnsupportedError(
             f"{name}: {height} x {width} pixels x {num_frames} frames does not make whole "
@@ -88,33 +95,64 @@ def model_size(
         )
     latents = ((num_frames - 1) // temporal + 1, height // spatial, width // spatial)
     try:
-        with torch.device("meta"):
-            model = getattr(diffusers, name).from_config(dict(config))
+        model = _build(getattr(diffusers, name), config, family)
         inputs = family.example(
             model.config, *latents, family.text_tokens if text is None else text
         )
         shape = family.shape(model.config, inputs)
-        if shape is None:
-            raise UnsupportedError(f"{name}: its own example makes no token grid")
-        grid = family.grid(shape)
-        on_meta = {key: _to_meta(value) for key, value in inputs.items()}
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(**on_meta)
+        modules = [module for _, module in family.attention_modules(model)]
+        attended = Attended(modules)
+        counter, mixed = FlopCounterMode(display=False), Mixed()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings(), torch.no_grad(), counter, mixed, attended.watching():
+            warnings.simplefilter("ignore")  # of dtypes and devices that nothing is computed in
+            model(**inputs)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from error
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UnsupportedError(f"{name}: cannot be sized from this config: {error}") from error
-    modules = family.attention_modules(model)
-    heads, head_dim = heads_of(modules[0][1]), int(model.config.attention_head_dim)
-    attention = 4.0 * grid.tokens**2 * heads * head_dim * len(modules)
+    grid = _checked(shape, attended, family, name)
+    attention = sum(4.0 * b * h * q * k * width for b, h, q, k, width in attended.calls)
     return ModelSize(
         class_name=name,
         family=family,
         grid=grid,
         layers=len(modules),
-        heads=heads,
-        head_dim=head_dim,
+        heads=attended.calls[0][1],
+        head_dim=attended.calls[0][4],
         parameters=sum(weight.numel() for weight in model.parameters()),
         attention_flops=attention,
         other_flops=counter.get_total_flops() - attention,
+    )
+
+
+def _build(cls: Any, config: Mapping[str, Any], family: Family) -> Any:
+    """Build a model without weights; refuse a checkpoint that cannot be served."""
+    with torch.device("meta"):
+        model = cls.from_config(dict(config))
+        if (reason := family.refuses(model.config)) is not None:
+            raise UnsupportedError(f"this checkpoint cannot be served: {reason}")
+        if changed := family.stands_in(model.config):
+            model = cls.from_config({**model.config, **changed})
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters(recurse=False):
+        # Small tables of the model itself get data: some are asked for their device.
+        empty = torch.zeros(weight.shape, dtype=weight.dtype)
+        model.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+    return model
+
+
+def _checked(shape: Shape | None, attended: Attended, family: Family, name: str) -> LatentsGrid:
+    """Compare the grid with the lengths that attention was really called with."""
+    lengths = {length for _, _, *pair, _ in attended.calls for length in pair}
+    grid = family.grid(shape, max(lengths)) if shape is not None and lengths else None
+    if grid is not None and max(lengths) == grid.tokens:
+        least = grid.video_tokens if family.text_varies else grid.tokens
+        if min(lengths) >= least:
+            return grid
+    raise UnsupportedError(
+        f"{name}: its token grid is {grid}, and its attention was called with "
+        f"{sorted(lengths) or 'no'} tokens; this version of diffusers may call it otherwise, "
+        "please report it"
     )
 
 
@@ -127,16 +165,11 @@ def compression(vae: Mapping[str, Any] | None, family: Family) -> tuple[int, int
         spatial = int(vae.get(key) or spatial)
     for key in ("scale_factor_temporal", "temporal_compression_ratio"):
         temporal = int(vae.get(key) or temporal)
-    if "block_out_channels" in vae and not vae.get("spatial_compression_ratio"):
+    if vae.get("spatial_compression_ratio"):
+        return spatial, temporal
+    if "spatio_temporal_scaling" in vae:  # LTX-Video's, where the config leaves the ratios out
+        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        return vae["patch_size"] * halved, vae["patch_size_t"] * halved
+    if "block_out_channels" in vae:
         spatial = 2 ** (len(vae["block_out_channels"]) - 1)
     return spatial, temporal
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(part) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to_meta(part) for part in value)
-    return value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dit_sparse.pipelines import FAMILIES, MODELS, family_by_name
 from dit_sparse.pipelines.declined import DECLINED
+from dit_sparse.pipelines.family import Unsized
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,6 +58,8 @@ class Row:
         text: Where text stands in the sequence.
         grid: Forward argument that tells frames, height and width in tokens.
         tested: What was tried on tiny models of the real class with random weights.
+        forecast: Height, width and frames that ``forecast`` takes where it is told none; or why
+            it cannot count this class.
         note: What stays dense or was not run all the same.
         reason: Why it is declined; "" where it is served.
     """
@@ -67,6 +70,7 @@ class Row:
     text: str = ""
     grid: str = ""
     tested: str = ""
+    forecast: str = ""
     note: str = ""
     reason: str = ""
 
@@ -94,8 +98,18 @@ def _served(class_name: str, tested: str) -> Row:
         text_place(family),
         family.grid_source,
         tested,
+        _forecast(family),
         family.note,
     )
+
+
+def _forecast(family: Family) -> str:
+    """Give the usual size in pixels, or why nothing can be counted."""
+    if isinstance(family.example, Unsized):
+        return f"no: {family.example.reason}"
+    usual = family.usual
+    frames = f" x {usual.num_frames}" if usual.num_frames > 1 else ""
+    return f"{usual.height} x {usual.width}{frames}"
 
 
 def text_place(family: Family) -> str:
@@ -110,7 +124,15 @@ def text_place(family: Family) -> str:
 def markdown(found: list[Row]) -> str:
     """Render two Markdown tables: what is served, and what is declined."""
     served = [
-        ["class", "pipelines", "attention taken over", "text", "grid read from", "tried with"],
+        [
+            "class",
+            "pipelines",
+            "attention taken over",
+            "text",
+            "grid read from",
+            "forecast at",
+            "tried with",
+        ],
         *(
             [
                 f"`{row.class_name}`",
@@ -118,6 +140,7 @@ def markdown(found: list[Row]) -> str:
                 f"`{row.layers}`",
                 row.text,
                 row.grid,
+                row.forecast,
                 row.tested + (f"; {row.note}" if row.note else ""),
             ]
             for row in found

@@ -2,14 +2,28 @@
 """Rows of models whose main attention holds text, then video or picture tokens.
 
 "Text" is all that stands before the video and is always computed: a prompt, registers, history
-frames of a coarser grid, sound.
+frames of a coarser grid, sound. Past 300 lines, as it is one table.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family
+import torch
+
+from dit_sparse.pipelines.examples import (
+    COGVIEW_PARTS,
+    PACKED_LATENTS,
+    PICTURE_LATENTS,
+    PROMPT_MASK,
+    VIDEO_LATENTS,
+    Asked,
+    Example,
+    Full,
+    Positions,
+)
+from dit_sparse.pipelines.family import Family, Unsized, Usual, empty
+from dit_sparse.pipelines.parts import bria_fibo2_prompt, consisid_faces
 from dit_sparse.pipelines.readers import ENCODER, Latents, Listed
 
 if TYPE_CHECKING:
@@ -91,12 +105,38 @@ def minimax_h3(config: Any, inputs: dict[str, Any]) -> Shape | None:  # noqa: AR
     return (tokens - start) // frame, frame // width, width, start
 
 
+def ideogram4_example(config: Any, t: int, h: int, w: int, text: int) -> dict[str, Any]:
+    """Make forward arguments; positions and the indicator with data."""
+    asked = Asked(t, h, w, text, pack=2)
+    tokens = text + asked.tokens
+    indicator = torch.full((1, tokens), 3)
+    indicator[:, text:] = IDEOGRAM_PICTURE
+    return {
+        "hidden_states": empty(1, tokens, config.in_channels),
+        "timestep": empty(1),
+        "encoder_hidden_states": empty(1, tokens, config.llm_features_dim),
+        "position_ids": Positions(joint=True)(config, asked).long()[None],
+        "segment_ids": torch.ones(1, tokens, dtype=torch.long),
+        "indicator": indicator,
+    }
+
+
 EASYANIMATE = Family(
     name="easyanimate",
     attention=ATTN1,
     shape=Latents(("bcthw",), text=(*ENCODER, "encoder_hidden_states_t5")),
     text_first=True,
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": VIDEO_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": "1 text text_embed_dim",
+            "encoder_hidden_states_t5": "1 text text_embed_dim_t5 ?text_embed_dim_t5",
+        }
+    ),
+    text_tokens=256,
+    usual=Usual(512, 512, 49),
     pipelines=(
         "EasyAnimatePipeline",
         "EasyAnimateInpaintPipeline",
@@ -109,6 +149,17 @@ CONSISID = Family(
     shape=Latents(("btchw",), text=ENCODER),
     text_first=True,
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": "1 t in_channels h w",
+            "encoder_hidden_states": "1 text text_embed_dim",
+            "timestep": "1",
+            "id_cond": "1 LFE_id_dim ?is_train_face",
+            "id_vit_hidden": consisid_faces,
+        }
+    ),
+    text_tokens=226,
+    usual=Usual(480, 720, 49),
     pipelines=("ConsisIDPipeline",),
 )
 COGVIEW3_PLUS = Family(
@@ -117,6 +168,8 @@ COGVIEW3_PLUS = Family(
     shape=PICTURE,
     text_first=True,
     batched_cfg=True,
+    example=Example(COGVIEW_PARTS),
+    text_tokens=224,
     pipelines=("CogView3PlusPipeline",),
 )
 COGVIEW4 = Family(
@@ -124,6 +177,8 @@ COGVIEW4 = Family(
     attention=ATTN1,
     shape=PICTURE,
     text_first=True,
+    example=Example(COGVIEW_PARTS),
+    text_tokens=1024,
     pipelines=("CogView4Pipeline", "CogView4ControlPipeline"),
 )
 GLM_IMAGE = Family(
@@ -131,6 +186,7 @@ GLM_IMAGE = Family(
     attention=ATTN1,
     shape=PICTURE,
     text_first=True,
+    example=Unsized("only the words in quotation marks of a prompt stand before its picture"),
     pipelines=("GlmImagePipeline",),
     note="edits with cached keys of reference pictures stay dense",
 )
@@ -140,6 +196,14 @@ AURAFLOW = Family(
     shape=Latents(("bchw",), text=ENCODER, registers=8),
     text_first=True,
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": PICTURE_LATENTS,
+            "encoder_hidden_states": "1 text joint_attention_dim",
+            "timestep": "1",
+        }
+    ),
+    text_tokens=256,
     pipelines=("AuraFlowPipeline",),
 )
 LUMINA2 = Family(
@@ -150,6 +214,16 @@ LUMINA2 = Family(
     text_padding=True,
     text_varies=True,  # padding is cut out
     timestep="",  # 1 - t / 1000
+    example=Example(
+        {
+            "hidden_states": PICTURE_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": "1 text cap_feat_dim",
+            "encoder_attention_mask": PROMPT_MASK,
+        }
+    ),
+    text_tokens=256,
+    usual=Usual(num_steps=30),
     pipelines=("Lumina2Pipeline",),
     note="a batch of prompts of several lengths stays dense: its pictures do not start together",
 )
@@ -159,6 +233,15 @@ BRIA_FIBO2 = Family(
     shape=bria_fibo2,
     text_first=True,
     text_varies=True,
+    example=Example(
+        {
+            "hidden_states": PICTURE_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": bria_fibo2_prompt,
+        }
+    ),
+    text_tokens=2048,
+    usual=Usual(num_steps=30),
     pipelines=("BriaFibo2Pipeline",),
     note="reference pictures, and batches of prompts of several lengths, stay dense",
 )
@@ -167,6 +250,8 @@ HELIOS = Family(
     attention=r"blocks\.\d+\.attn1",
     shape=helios,
     text_first=True,
+    example=Unsized("it makes a video chunk by chunk, each after a history of its own length"),
+    usual=Usual(384, 640, 132),
     pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
 )
 QWEN_IMAGE = Family(
@@ -175,6 +260,17 @@ QWEN_IMAGE = Family(
     shape=Listed("img_shapes"),
     text_first=True,
     text_padding=True,
+    example=Example(
+        {
+            "hidden_states": PACKED_LATENTS,
+            "encoder_hidden_states": "1 text joint_attention_dim",
+            "timestep": "1",
+            "img_shapes": lambda _, asked: [[(1, asked.rows, asked.columns)]],
+            "guidance": "1 ?guidance_embeds",
+            "additional_t_cond": Full("1 ?use_additional_t_cond", 0),
+        },
+        pack=2,
+    ),
     pipelines=(
         "QwenImagePipeline",
         "QwenImageImg2ImgPipeline",
@@ -196,6 +292,9 @@ IDEOGRAM4 = Family(
     text_padding=True,
     timestep="",  # 1 - t / 1000
     shape_input="indicator",
+    example=ideogram4_example,
+    text_tokens=2048,
+    usual=Usual(2048, 2048, num_steps=48),
     pipelines=("Ideogram4Pipeline",),
     note="its pipeline's second transformer, for the picture without a prompt, is left alone: "
     "enable it by itself, with scheduler=",
@@ -206,5 +305,7 @@ MINIMAX_H3 = Family(
     shape=minimax_h3,
     text_first=True,
     shape_input="position_ids",
+    example=Unsized("keyframes and sound stand before its video, as many as the caller gives"),
+    usual=Usual(512, 768, 121),
     note="run by its modular pipeline; the prompt's refiner is left alone",
 )

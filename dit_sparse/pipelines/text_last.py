@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family
+from dit_sparse.pipelines.examples import (
+    PICTURE_LATENTS,
+    PROMPT_MASK,
+    VIDEO_LATENTS,
+    Example,
+)
+from dit_sparse.pipelines.family import Family, Unsized, Usual, empty
+from dit_sparse.pipelines.parts import HUNYUAN_IMAGE_PARTS, HUNYUAN_VIDEO_15_PARTS, z_image_latents
 from dit_sparse.pipelines.readers import ENCODER, Latents, Listed
 
 if TYPE_CHECKING:
@@ -61,6 +68,10 @@ HUNYUAN_VIDEO_15 = Family(
         patch_t="patch_size_t",
     ),
     text_padding=True,
+    example=Example(HUNYUAN_VIDEO_15_PARTS),
+    text_tokens=1000,
+    compression=(16, 4),
+    usual=Usual(480, 848, 121),
     pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
 )
 HUNYUAN_IMAGE = Family(
@@ -69,6 +80,10 @@ HUNYUAN_IMAGE = Family(
     shape=Latents(("bchw", "bcthw"), text=(*ENCODER, "encoder_hidden_states_2")),
     text_padding=True,
     text_varies=True,  # without a second text embedder the second text is not used
+    example=Example(HUNYUAN_IMAGE_PARTS),
+    text_tokens=1000,
+    compression=(32, 1),
+    usual=Usual(2048, 2048),
     pipelines=("HunyuanImagePipeline", "HunyuanImageRefinerPipeline"),
 )
 MOCHI = Family(
@@ -77,6 +92,17 @@ MOCHI = Family(
     shape=Latents(("bcthw",), text=ENCODER),
     text_varies=True,
     per_sample=True,
+    example=Example(
+        {
+            "hidden_states": VIDEO_LATENTS,
+            "encoder_hidden_states": "1 text text_embed_dim",
+            "timestep": "1",
+            "encoder_attention_mask": PROMPT_MASK,
+        }
+    ),
+    text_tokens=256,
+    compression=(8, 6),
+    usual=Usual(480, 848, 19, 64),
     pipelines=("MochiPipeline",),
 )
 SD3 = Family(
@@ -85,6 +111,16 @@ SD3 = Family(
     shape=Latents(("bchw",), text=ENCODER),
     text_varies=True,  # attn2 (SD 3.5 medium) holds the picture alone
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": PICTURE_LATENTS,
+            "encoder_hidden_states": "1 text joint_attention_dim",
+            "pooled_projections": "1 pooled_projection_dim",
+            "timestep": "1",
+        }
+    ),
+    text_tokens=77 + 256,  # CLIP and T5,
+    usual=Usual(num_steps=28),
     pipelines=(
         "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",
@@ -101,6 +137,7 @@ HIDREAM = Family(
     shape=hidream,
     timestep="timesteps",
     batched_cfg=True,
+    example=Unsized("which of its experts compute a token depends on what the token holds"),
     pipelines=("HiDreamImagePipeline",),
 )
 ERNIE_IMAGE = Family(
@@ -109,6 +146,7 @@ ERNIE_IMAGE = Family(
     shape=Latents(("bchw",), text=("text_bth",)),
     text_padding=True,
     batched_cfg=True,
+    example=Unsized("its prompt is as long as it is, with neither padding nor an end"),
     pipelines=("ErnieImagePipeline",),
 )
 Z_IMAGE = Family(
@@ -118,6 +156,13 @@ Z_IMAGE = Family(
     text_padding=True,
     timestep="",  # (1000 - t) / 1000, and called t
     batched_cfg=True,
+    example=Example(
+        {
+            "x": z_image_latents,
+            "t": "1",
+            "cap_feats": lambda config, asked: [empty(asked.text, config.cap_feat_dim)],
+        }
+    ),
     pipelines=(
         "ZImagePipeline",
         "ZImageImg2ImgPipeline",
@@ -133,6 +178,15 @@ MOTIF_VIDEO = Family(
     attention=JOINT_AND_SINGLE,
     shape=Latents(("bcthw",), text=("image_embeds", *ENCODER), patch_t="patch_size_t"),
     text_padding=True,
+    example=Example(
+        {
+            "hidden_states": VIDEO_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": "1 text text_embed_dim",
+            "encoder_attention_mask": PROMPT_MASK,
+        }
+    ),
+    usual=Usual(736, 1280, 121),
     pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
     note="decoder layers, which see the video twice, stay dense",
 )
@@ -140,6 +194,8 @@ JOYIMAGE_EDIT = Family(
     name="joyimage_edit",
     attention=r"double_blocks\.\d+\.attn",
     shape=Latents(("bcthw", "bncthw"), text=ENCODER),
+    example=Unsized("its prompt holds the picture that is edited, which has a size of its own"),
+    usual=Usual(num_steps=40),
     pipelines=("JoyImageEditPipeline",),
 )
 JOYIMAGE_EDIT_PLUS = Family(
@@ -148,6 +204,10 @@ JOYIMAGE_EDIT_PLUS = Family(
     shape=Listed("shape_list"),
     text_padding=True,
     batched_cfg=True,
+    example=Unsized(
+        "its prompt holds the pictures that are edited, which have sizes of their own"
+    ),
+    usual=Usual(num_steps=30),
     pipelines=("JoyImageEditPlusPipeline",),
     note="pictures of several sizes in one pass stay dense",
 )

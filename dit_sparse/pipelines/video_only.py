@@ -1,14 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of models whose main attention holds video or picture tokens alone.
 
-The prompt comes in by cross-attention, by modulation, or not at all.
+The prompt comes in by cross-attention, by modulation, or not at all. Past 300 lines, as it is one
+table.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from dit_sparse.pipelines.family import Family
+import torch
+
+from dit_sparse.pipelines.examples import (
+    PACKED_LATENTS,
+    PICTURE_LATENTS,
+    PROMPT_MASK,
+    VIDEO_LATENTS,
+    WAN_PARTS,
+    Example,
+    Full,
+)
+from dit_sparse.pipelines.family import Family, Unsized, Usual
+from dit_sparse.pipelines.parts import (
+    HUNYUAN_DIT_PARTS,
+    LTX2_PARTS,
+    LTX_SIZE,
+    cosmos_padding,
+    kandinsky_audio,
+    kandinsky_latents,
+    kandinsky_positions,
+    lumina_rotary,
+    skyreels_fps,
+)
 from dit_sparse.pipelines.readers import Arguments, Latents
 
 BLOCKS = r"blocks\.\d+\.attn1"
@@ -40,6 +63,8 @@ WAN_VACE = Family(
     attention=r"(vace_)?blocks\.\d+\.attn1",
     shape=VIDEO,
     text_free=True,
+    example=Example({**WAN_PARTS, "control_hidden_states": "1 vace_in_channels t h w"}),
+    usual=Usual(480, 832, 81),
     pipelines=("WanVACEPipeline",),
 )
 WAN_ANIMATE = Family(
@@ -47,6 +72,10 @@ WAN_ANIMATE = Family(
     attention=BLOCKS,
     shape=VIDEO,
     text_free=True,
+    example=Unsized(
+        "it follows a driving video segment by segment, whose length and faces are inputs"
+    ),
+    usual=Usual(720, 1280, 77, 20),
     pipelines=("WanAnimatePipeline",),
 )
 CHRONOEDIT = Family(
@@ -54,6 +83,8 @@ CHRONOEDIT = Family(
     attention=BLOCKS,
     shape=VIDEO,
     text_free=True,
+    example=Example(WAN_PARTS),
+    usual=Usual(480, 832, 81),
     pipelines=("ChronoEditPipeline",),
 )
 SKYREELS_V2 = Family(
@@ -62,6 +93,8 @@ SKYREELS_V2 = Family(
     shape=VIDEO,
     text_free=True,
     refuses=_frame_blocks,
+    example=Example({**WAN_PARTS, "fps": skyreels_fps}),
+    usual=Usual(544, 960, 97),
     pipelines=(
         "SkyReelsV2Pipeline",
         "SkyReelsV2ImageToVideoPipeline",
@@ -77,6 +110,15 @@ ANYFLOW = Family(
     shape=Latents(("btchw",)),
     text_free=True,
     batched_cfg=True,
+    example=Example(
+        {
+            **WAN_PARTS,
+            "hidden_states": "1 t in_channels h w",
+            "timestep": "1 t",
+            "r_timestep": "1 t",
+        }
+    ),
+    usual=Usual(480, 832, 81),
     pipelines=("AnyFlowPipeline",),
 )
 LTX = Family(
@@ -84,6 +126,18 @@ LTX = Family(
     attention=ATTN1,
     shape=Arguments(),
     text_free=True,
+    example=Example(
+        {
+            "hidden_states": PACKED_LATENTS,
+            "encoder_hidden_states": "1 text caption_channels",
+            "timestep": "1",
+            "encoder_attention_mask": PROMPT_MASK,
+            **LTX_SIZE,
+        }
+    ),
+    text_tokens=128,
+    compression=(32, 8),
+    usual=Usual(512, 704, 161),
     pipelines=(
         "LTXPipeline",
         "LTXImageToVideoPipeline",
@@ -97,6 +151,10 @@ LTX2 = Family(
     attention=ATTN1,
     shape=Arguments(),
     text_free=True,
+    example=Example(LTX2_PARTS),
+    text_tokens=1024,
+    compression=(32, 8),
+    usual=Usual(512, 768, 121, 30),
     pipelines=(
         "LTX2Pipeline",
         "LTX2ImageToVideoPipeline",
@@ -113,6 +171,17 @@ COSMOS = Family(
     attention=ATTN1,
     shape=VIDEO,
     text_free=True,
+    example=Example(
+        {
+            "hidden_states": VIDEO_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": "1 text text_embed_dim",
+            "fps": lambda *_: 30,
+        }
+    ),
+    stands_in=cosmos_padding,
+    compression=(8, 8),
+    usual=Usual(704, 1280, 121, 36),
     pipelines=(
         "CosmosTextToWorldPipeline",
         "CosmosVideoToWorldPipeline",
@@ -128,6 +197,15 @@ ALLEGRO = Family(
     shape=Latents(("bcthw",), patch_t="patch_size_t"),
     text_free=True,
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": VIDEO_LATENTS,
+            "encoder_hidden_states": "1 text caption_channels",
+            "timestep": "1",
+            "encoder_attention_mask": PROMPT_MASK,
+        }
+    ),
+    usual=Usual(720, 1280, 85, 100),  # 88 frames make as many latents,
     pipelines=("AllegroPipeline",),
 )
 LATTE = Family(
@@ -136,6 +214,16 @@ LATTE = Family(
     shape=Latents(("bc_hw",)),
     text_free=True,
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": VIDEO_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": "1 text caption_channels",
+        }
+    ),
+    text_tokens=120,
+    compression=(8, 1),
+    usual=Usual(512, 512, 16),
     pipelines=("LattePipeline",),
     note="each frame attends by itself; attention along time, over a few tokens, is left alone",
 )
@@ -145,6 +233,17 @@ KANDINSKY5 = Family(
     shape=Latents(("bthwc",)),
     text_free=True,
     refuses=_nabla,
+    example=Example(
+        {
+            "hidden_states": kandinsky_latents,
+            "encoder_hidden_states": "1 text in_text_dim",
+            "timestep": "1",
+            "pooled_projections": "1 in_text_dim2",
+            "visual_rope_pos": kandinsky_positions,
+            "text_rope_pos": lambda _, asked: torch.arange(asked.text),
+        }
+    ),
+    usual=Usual(512, 768, 121),
     pipelines=(
         "Kandinsky5T2VPipeline",
         "Kandinsky5I2VPipeline",
@@ -157,6 +256,17 @@ KANDINSKY6 = Family(
     attention=r"visual_transformer_blocks\.\d+\.video_dec_block\.self_attention",
     shape=Latents(("bthwc",)),
     text_free=True,
+    example=Example(
+        {
+            "hidden_states": kandinsky_latents,
+            "encoder_hidden_states": "1 text in_text_dim",
+            "timestep": "1",
+            "pooled_projections": "1 in_text_dim2",
+            "audio_hidden_states": kandinsky_audio,
+        }
+    ),
+    text_tokens=1024,
+    usual=Usual(512, 768, 121),
     pipelines=("Kandinsky6TI2VAPipeline",),
     note="the sound's attention is left alone",
 )
@@ -166,6 +276,7 @@ HUNYUAN_DIT = Family(
     shape=PICTURE,
     text_free=True,
     batched_cfg=True,
+    example=Example(HUNYUAN_DIT_PARTS),
     pipelines=("HunyuanDiTPipeline", "HunyuanDiTControlNetPipeline", "HunyuanDiTPAGPipeline"),
 )
 DIT = Family(
@@ -174,6 +285,11 @@ DIT = Family(
     shape=PICTURE,
     text_free=True,
     batched_cfg=True,
+    example=Example(
+        {"hidden_states": PICTURE_LATENTS, "timestep": "1", "class_labels": Full("1", 0)}
+    ),
+    text_tokens=0,
+    usual=Usual(256, 256),
     pipelines=("DiTPipeline",),
 )
 LUMINA_NEXT = Family(
@@ -184,5 +300,17 @@ LUMINA_NEXT = Family(
     text_padding=True,  # it passes a mask of ones
     timestep="",  # 1 - t / 1000
     batched_cfg=True,
+    example=Example(
+        {
+            "hidden_states": PICTURE_LATENTS,
+            "timestep": "1",
+            "encoder_hidden_states": "1 text cross_attention_dim",
+            "encoder_mask": PROMPT_MASK,
+            "image_rotary_emb": lumina_rotary,
+            "cross_attention_kwargs": lambda *_: {},
+        }
+    ),
+    text_tokens=256,
+    usual=Usual(num_steps=30),
     pipelines=("LuminaPipeline",),
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines.family import Family, empty
+from dit_sparse.pipelines.examples import WAN_PARTS, Example
+from dit_sparse.pipelines.family import Family, Usual
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Shape
@@ -21,24 +22,13 @@ def shape(config: Any, inputs: dict[str, Any]) -> Shape:
     return frames // patch_t, height // patch_h, width // patch_w, 0
 
 
-def example(config: Any, frames: int, height: int, width: int, text: int) -> dict[str, Any]:
-    """Make forward arguments without data."""
-    made = {
-        "hidden_states": empty(1, config.in_channels, frames, height, width),
-        "timestep": empty(1),
-        "encoder_hidden_states": empty(1, text, config.text_dim),
-    }
-    if config.image_dim is not None:
-        made["encoder_hidden_states_image"] = empty(1, 257, config.image_dim)
-    return made
-
-
 WAN = Family(
     name="wan",
     attention=r"blocks\.\d+\.attn1",
     shape=shape,
     text_free=True,
-    example=example,
+    example=Example(WAN_PARTS),
+    usual=Usual(720, 1280, 81),  # of the larger models
     pipelines=(
         "WanPipeline",
         "WanImageToVideoPipeline",

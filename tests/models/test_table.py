@@ -35,6 +35,11 @@ sample; "and a pipeline": one pipeline around it ran too, with the right steps a
 branches in the report, and with the same latents afterwards. Random weights prove this and nothing
 about quality.
 
+"Forecast at" is the size, height x width x frames, that `dit-sparse forecast` and
+`profile --dry-run` take for a model whose folder names none: what its pipeline makes where it is
+told none. These two and `retile` count what a transformer computes from its `config.json` alone;
+for a class with "no" they say why they cannot.
+
 Where frames x height x width + text is not the length of the sequence, or a mask hides more than
 the padding of the text, that call stays dense, and the report says why; with `strict=True` it
 raises.
