@@ -66,7 +66,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         {"_class_name": "LTX2VideoTransformer3DModel"}, 512, 768, 121, num_steps=30
     ),
     "mochi-1": KnownModel(
-        {"_class_name": "MochiTransformer3DModel"}, 480, 848, 163, num_steps=64
+        {"_class_name": "MochiTransformer3DModel"}, 480, 848, 19, num_steps=64
     ),
     "allegro": KnownModel(
         {"_class_name": "AllegroTransformer3DModel"}, 720, 1280, 85, num_steps=100
