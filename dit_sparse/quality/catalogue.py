@@ -235,6 +235,19 @@ def meters(needs: Needs) -> tuple[list[Meter], list[Scores]]:
     return made, absent
 
 
+def now_there(names: Iterable[str]) -> bool:
+    """Say whether one of these rows, skipped for want of something, can be measured now."""
+    needs = Needs(1, 1, 1, wanted=frozenset(names))
+    for family in FAMILIES:
+        if needs.wanted.isdisjoint(family.rows):
+            continue
+        meter = family.make(needs)
+        if not isinstance(meter, str):
+            meter.close()
+            return True
+    return False
+
+
 def _inapplicable(family: Family, needs: Needs) -> str | None:
     if needs.frames < family.least_frames:
         least = family.least_frames

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.quality.catalogue import now_there
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.compare import compare
 from dit_sparse.quality.errors import QualityInputError
@@ -117,7 +118,8 @@ def generate(
 def measure(setup: Setup, place: Store, job: Job, arm: str) -> dict[str, Any]:
     """Compare one finished arm with its dense one and write the pair's page.
 
-    Kept beside the clips: measured again only where a clip or what to measure changed.
+    Kept beside the clips: measured again only where a clip or what to measure changed, or where
+    something that a row wanted (weights, say) has been installed since.
     """
     folder = place.folder(job)
     dense, other = (place.done(setup, each, job) for each in (DENSE, arm))
@@ -131,7 +133,9 @@ def measure(setup: Setup, place: Store, job: Job, arm: str) -> dict[str, Any]:
     page = folder / f"vs-{arm}"
     try:
         before = json.loads((page / "report.json").read_text(encoding="utf-8"))
-        if before["context"]["asked"] == hashlib.sha256(asked.encode()).hexdigest():
+        same = before["context"]["asked"] == hashlib.sha256(asked.encode()).hexdigest()
+        rows = before["metrics"].items()
+        if same and not now_there(name for name, row in rows if "skipped" in row["status"]):
             return dict(before)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or not like this

@@ -8,12 +8,13 @@ from statistics import median
 import numpy as np
 import pytest
 
-from dit_sparse.quality import QualityInputError, open_clip, psnr
+from dit_sparse.quality import QualityInputError, find_weights, open_clip, psnr
 from dit_sparse.quality.evaluation import Store, generate, measure, open_store
 from dit_sparse.quality.evaluation_setup import FLOOR, Made, Setup
 from dit_sparse.quality.report import write_evaluation
 from dit_sparse.quality.summary import Pair, summarise
 from tests.quality.conftest import moving, noisy
+from tests.quality.test_perceptual import drawn
 from tests.quality.test_report import Page
 
 SETUP = Setup(
@@ -186,6 +187,26 @@ def test_measuring_again_reads_what_is_there_until_something_changes(done, monke
     measure(replace(SETUP, metrics=("psnr",)), place, job, "half")
     assert calls == [1]
     measure(SETUP, place, job, "half")
+
+
+def test_a_row_that_lacked_something_is_measured_once_it_is_there(tmp_path, monkeypatch):
+    from dit_sparse.quality import catalogue, evaluation
+
+    place, _ = run(tmp_path)
+    job = SETUP.jobs()[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(catalogue, "find_weights", lambda net, file=None: f"no {net} here")
+        skipped = measure(SETUP, place, job, "half")["metrics"]["lpips_alex"]
+        assert skipped["status"] == "skipped: no alex here"
+        calls = []
+        patched.setattr(evaluation, "compare", lambda *a, **k: calls.append(1))
+        measure(SETUP, place, job, "half")  # it still lacks it
+        assert not calls
+    weights = find_weights("alex", drawn("alex", tmp_path)[0])
+    monkeypatch.setattr(catalogue, "find_weights", lambda net, file=None: weights)
+    again = measure(SETUP, place, job, "half")["metrics"]["lpips_alex"]
+    assert again["status"] == "ok"
+    assert again["value"] > 0
 
 
 def test_the_summary_is_medians_and_worst_pairs(done):
