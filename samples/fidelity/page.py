@@ -19,7 +19,14 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "benchmarks" / "fidelity"
 PAGE = RESULTS.with_suffix(".md")
-SETTINGS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+SETTINGS = (
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+)
 
 TEMPLATE = """\
 # What sparse attention costs in quality, method by method
