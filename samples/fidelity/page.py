@@ -49,8 +49,8 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
   enough) set for the density.
 - *mixed nearer*: pairs in which the mix has the higher PSNR.
 - *noise floor*: dense again with another SDPA backend.
-- Made again later on a processor of the same kind, search included, three arms of the first pair of
-  wan-tiny, flux-tiny and cogvideox-tiny had the same density and PSNR to the last digit.
+- Made again later on a processor of the same kind, search included, three arms of the first pair
+  of wan-tiny, flux-tiny and cogvideox-tiny had the same density and PSNR to the last digit.
 {% for model in models %}
 ## {{ model.model }}
 
