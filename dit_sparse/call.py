@@ -195,8 +195,11 @@ class Ops(Protocol):
 class Method(Protocol):
     """One published or own way to choose block pairs: a frozen dataclass, its fields the params.
 
-    Two moments, both optional to use: ``plan`` before the attention, ``finish`` after it.
+    Three moments of a call: ``plan`` before the attention, ``attend`` for it, ``finish`` after
+    it. Only ``plan`` has to be written.
     """
+
+    __slots__ = ()
 
     summary: ClassVar[str]
     """One line for ``dit-sparse methods``: what it does and its source."""
@@ -204,5 +207,25 @@ class Method(Protocol):
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose; None: dense (the model's own kernel runs, ``finish`` is not called)."""
 
-    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
+    def attend(self, call: AttentionCall, plan: BlockPlan, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Attend by the plan: output like ``query``, LSE fp32 ``[batch, heads, seq_len]``.
+
+        Overridden only by methods that want more from the pass over a *complete* plan (a search
+        or a refresh) than its result. Other plans may be computed together with other heads'.
+        """
+        return ops.attend(call.query, call.key, call.value, plan, call.scale)
+
+    def finish(
+        self,
+        call: AttentionCall,  # noqa: ARG002
+        output: Tensor,
+        lse: Tensor,  # noqa: ARG002
+        ops: Ops,  # noqa: ARG002
+    ) -> Tensor:
         """Compensate for what was dropped, or remember what was seen; returns the output."""
+        return output
+
+
+def overrides_attend(method: Method, plan: BlockPlan) -> bool:
+    """Whether the method wants more from the pass over this plan than its result."""
+    return plan.complete and type(method).attend is not Method.attend

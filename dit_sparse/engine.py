@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.call import AttentionCall
+from dit_sparse.call import AttentionCall, overrides_attend
 from dit_sparse.envelope import Envelope, regroup, without
 from dit_sparse.errors import AttachError, GeometryError
 from dit_sparse.head_groups import head_index, merge_plans, select_heads
@@ -409,13 +409,12 @@ class SparseEngine:
         """Compute all groups' plans, in one launch where their blocks are alike."""
         if not planned:
             return
-        joint = merge_plans([(group.plan, group.part.heads) for group in planned])
+        joint = None
+        if not any(overrides_attend(group.method, group.plan) for group in planned):
+            joint = merge_plans([(group.plan, group.part.heads) for group in planned])
         if joint is None or len(planned) == 1:
             for group in planned:
-                part = group.part
-                yield self.backends.attend(
-                    part.query, part.key, part.value, group.plan, part.scale
-                )
+                yield group.method.attend(numbered(group.part), group.plan, self.backends)
             return
         plan, heads = joint
         whole = select_heads(call, heads)

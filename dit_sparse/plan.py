@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_sparse.errors import PlanError
 from dit_sparse.grid import BlockLayout
-from dit_sparse.tiles import pack_tiles, unpack_tiles
+from dit_sparse.tiles import invert_tiles, pack_tiles, unpack_tiles
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -249,6 +249,39 @@ class BlockPlan:
         mask = torch.zeros((*shape, self.kv.blocks + 1), dtype=torch.bool, device=self.device)
         mask.scatter_(-1, torch.where(live, index, self.kv.blocks), value=True)
         return mask[..., :-1]
+
+    def complement(self) -> BlockPlan:
+        """Keep just the (query, key) pairs of the laid-out keys that this plan drops.
+
+        Blocks, order and weights stay; a partial block is kept in part by both plans. Reads the
+        device where tiles are cut.
+        """
+        mask = self.block_mask()
+        if self.partial is None or self.tiles is None:
+            return self._with_blocks(~mask)
+        number = mask.new_full((*mask.shape[:-1], self.kv.blocks + 1), -1, dtype=torch.int32)
+        entry = torch.arange(self.kv_indices.shape[-1], device=self.device)
+        live = entry < self.kv_num_blocks[..., None]
+        place = torch.where(live, self.kv_indices, self.kv.blocks).expand(*mask.shape[:-1], -1)
+        number.scatter_(-1, place.long(), self.partial.expand_as(place))
+        number = number[..., :-1].masked_fill(~mask, -1)  # the tile of each pair, else -1
+        tiles, inverted = invert_tiles(self.tiles, number, self.q, self.kv)
+        plan = self._with_blocks(~mask | (number >= 0))
+        return replace(plan, partial=inverted.gather(-1, plan.kv_indices.long()), tiles=tiles)
+
+    def _with_blocks(self, mask: Tensor) -> BlockPlan:
+        """Make the plan of other blocks over the same layouts, every block whole."""
+        return BlockPlan.from_block_mask(
+            mask,
+            self.q,
+            self.kv,
+            q_permutation=self.q_permutation,
+            kv_permutation=self.kv_permutation,
+            kv_log_weight=self.kv_log_weight,
+            q_tokens=self.q_tokens,
+            kv_tokens=self.kv_tokens,
+            dense_keys=self.dense_keys,
+        )
 
     def with_keys(self, kv: BlockLayout) -> BlockPlan:
         """Exchange the key layout for one with the same blocks but other lengths (padding cut)."""

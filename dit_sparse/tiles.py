@@ -21,7 +21,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     """Pack bool ``[..., keys]`` into int32 ``[..., ceil(keys / 32)]``; key 0 is the lowest bit."""
     keys = mask.shape[-1]
     padded = torch.nn.functional.pad(mask, (0, -keys % WORD))
-    bits = padded.view(*mask.shape[:-1], -1, WORD).long()
+    bits = padded.unflatten(-1, (-1, WORD)).long()
     weight = torch.ones((), dtype=torch.int64, device=mask.device) << torch.arange(
         WORD, device=mask.device
     )
@@ -75,3 +75,33 @@ def pack_tiles(mask: Tensor, q: BlockLayout, kv: BlockLayout) -> tuple[Tensor, T
     words = -(-kv.max_length // WORD)
     tiles = torch.stack(rows) if rows else torch.zeros(0, q.max_length, words, dtype=torch.int32)
     return tiles.to(mask.device), index.to(mask.device)
+
+
+def invert_tiles(
+    tiles: Tensor, number: Tensor, q: BlockLayout, kv: BlockLayout
+) -> tuple[Tensor, Tensor]:
+    """Keep of each cut block what its tile drops, and nothing behind the block's ends.
+
+    Args:
+        tiles: int32 ``[count, q.max_length, words]``.
+        number: Tile of each block pair, -1 = none: int32 ``[batch|1, heads|1, q_blocks,
+            kv_blocks]``.
+        q: Query blocks.
+        kv: Key blocks.
+
+    Returns:
+        Tiles, one for each different (tile, query length, key length), and ``number`` for them.
+    """
+    q_length = q.lengths[..., None].expand(*number.shape)
+    kv_length = kv.lengths[..., None, :].expand(*number.shape)
+    cut = number >= 0
+    cases = torch.stack([x[cut].long() for x in (number, q_length, kv_length)], -1)
+    cases, case = cases.unique(dim=0, return_inverse=True)
+    row = torch.arange(q.max_length, device=tiles.device)[:, None]
+    key = torch.arange(kv.max_length, device=tiles.device)
+    tile, rows, keys = (x[:, None, None] for x in cases.unbind(-1))
+    inside = (row < rows) & (key < keys)
+    dropped = ~unpack_tiles(tiles[tile[:, 0, 0]], kv.max_length) & inside
+    found = torch.full_like(number, -1)
+    found[cut] = case.int()
+    return pack_bits(dropped), found

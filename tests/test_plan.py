@@ -55,6 +55,19 @@ def test_a_block_mask_comes_back(case):
     replace(plan, **{n: getattr(again, n) for n in LISTS}, partial=None, tiles=None).validate()
 
 
+@given(cases())
+def test_the_complement_keeps_what_the_plan_drops(case):
+    plan, _, _, _ = case
+    rest = plan.complement().validate()
+    for i_batch in range(plan.batch):
+        for i_head in range(plan.heads):
+            keys = sum(shared(plan.kv.lengths, i_batch, i_head))
+            kept, dropped = (kept_keys(x, i_batch, i_head) for x in (plan, rest))
+            for query, slots in kept.items():
+                assert not set(slots) & set(dropped[query])
+                assert len(slots) + len(dropped[query]) == keys
+
+
 @given(lengths, lengths, st.sampled_from([0.1, 0.5, 0.9, 1.0]), seeds)
 def test_a_token_mask_comes_back(q_lengths, kv_lengths, share, seed):
     q, kv = BlockLayout.from_lengths(q_lengths), BlockLayout.from_lengths(kv_lengths)

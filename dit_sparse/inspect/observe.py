@@ -103,7 +103,7 @@ def observe_synthetic(
                     name = strategy.rules[rule].method
                     found += views_of(plan, own, name, grid, token, side)
                     continue
-                output, lse = ops.attend(part.query, part.key, part.value, plan, part.scale)
+                output, lse = method.attend(part, plan, ops)
                 method.finish(part, output, lse, ops)
             if progress is not None:
                 progress(now + 1, step + 1)

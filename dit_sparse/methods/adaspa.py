@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.steps import step_at
 from dit_sparse.plan import BlockPlan
@@ -27,7 +28,7 @@ _LARGEST = 2**15 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class AdaSpa:
+class AdaSpa(Method):
     """Keep, in every row of blocks, the key blocks that hold most of the softmax mass.
 
     Until the first search step a call is dense. On that step it is dense too, and its LSE gives

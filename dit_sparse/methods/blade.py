@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.grid import BlockLayout, cut
 from dit_sparse.methods.gilbert import gilbert_order
@@ -34,7 +35,7 @@ _SEEDS = 2**61  # the draw doubles it, and a generator takes 64 bits
 
 
 @dataclass(frozen=True, slots=True)
-class Blade:
+class Blade(Method):
     """Order the video along a Hilbert curve, keep the blocks that sampled tokens look at most.
 
     Tokens stand along a generalised Hilbert curve through frames, rows and columns. ``samples``

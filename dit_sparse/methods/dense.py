@@ -6,15 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from dit_sparse.call import Method
 
+if TYPE_CHECKING:
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.plan import BlockPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Method):
     """Keep everything: the model's own attention runs, bit for bit."""
 
     summary: ClassVar[str] = "everything, by the model's own attention"
@@ -22,13 +22,3 @@ class Dense:
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Decline every call."""
         return None
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is."""
-        return output

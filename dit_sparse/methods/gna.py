@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.windows import AxisRule, product_plan
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.grid import LatentsGrid
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class GNA:
+class GNA(Method):
     """Keep, for every video token, a window of frames x rows x columns around it.
 
     The rule holds on each axis for itself (``windows.AxisRule`` has it in full); a key is kept
@@ -97,16 +97,6 @@ class GNA:
         if ordered is None:
             return plan.with_keys(call.key_layout(prod(self.tile)))
         return plan.with_keys(ordered.key_layout(call.text_valid))
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is: nothing stands in for what was dropped."""
-        return output
 
     def fitted(self, grid: LatentsGrid) -> tuple[Three, Three, Three, Three]:
         """Give window, stride, dilation and tile as they are on this grid."""

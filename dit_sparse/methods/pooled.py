@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
+class Pooled(Method):
     """Keep, in every row of blocks, the key blocks whose mean key suits the mean query best.
 
     The score of query block p and key block r is mean(q in p) . mean(k in r) * scale; for top-p
@@ -88,13 +89,3 @@ class Pooled:
             return ops.select_top_p(scores.softmax(-1), self.top_p, floor)
 
         return reused_plan(call, self.block_size, self.refresh, choose)
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is: nothing stands in for what was dropped."""
-        return output

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isfinite, isqrt
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.bands import (
     paper_half_widths,
@@ -33,7 +34,7 @@ RELEASED_DECIMATION = 128  # fixed in the released code, whatever the block size
 
 
 @dataclass(frozen=True, slots=True)
-class Radial:
+class Radial(Method):
     """Keep a window that halves with each doubling of the distance between frames.
 
     A query at offset k of frame i sees a key at offset l of frame j where |k - l| is within the
@@ -91,16 +92,6 @@ class Radial:
         if tiles is not None:
             return plan.with_keys(tiles.key_layout(call.text_valid))
         return plan.with_keys(call.key_layout(self.block_size))
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is: nothing stands in for what was dropped."""
-        return output
 
     def _video(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, None]:
         kept = round_to_blocks(

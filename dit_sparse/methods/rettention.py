@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.lists import identity
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Method, Ops
+    from dit_sparse.call import AttentionCall, Ops
 
 STATIC = ("gna", "radial")  # masks that depend on the geometry alone
 _FULL_BLOCKS = 128  # of the dense plan on refresh steps, where the block size does not matter
@@ -39,13 +40,14 @@ class Params(dict[str, Any]):
 
 
 @dataclass(frozen=True, slots=True)
-class Rettention:
+class Rettention(Method):
     """Attend by a static mask and add what the dropped keys gave when dense was last computed.
 
     On a refresh step dense attention gives O_f and LSE_f, and the masked one O_s and LSE_s. Kept
     are rho = exp(LSE_s - LSE_f), the mask's share of the softmax, and R = O_f - rho * O_s, what
     all dropped keys contribute; the call returns O_f. The m-th sparse step after it (m from 0)
-    gives min(rho + m * ramp, 1) * O_s + R. A refresh step costs dense plus sparse.
+    gives min(rho + m * ramp, 1) * O_s + R. A refresh step costs about as much as dense: kept and
+    dropped keys are attended to apart and merged.
 
     The first sparse call of a run refreshes; dense steps before it are the schedule's (the paper
     has 5 of 20 for PixArt, 15 of 50 for CogVideoX). On the last step, where nothing could use a
@@ -116,10 +118,34 @@ class Rettention:
             return None
         return BlockPlan.full(call.layout(_FULL_BLOCKS), call.key_layout(_FULL_BLOCKS))
 
+    def attend(self, call: AttentionCall, plan: BlockPlan, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Compute a refresh in two parts, kept and dropped keys, and remember both."""
+        mask = self._mask(call).plan(call, ops) if plan.complete else None
+        if mask is None or mask.complete:
+            return ops.attend(call.query, call.key, call.value, plan, call.scale)
+        place = (self, "dropped", call.grid, call.query.device, mask.batch)
+        rest = call.once(place, mask.complement).with_keys(mask.kv)
+        qkv = (call.query, call.key, call.value)
+        output, kept_lse = ops.attend(*qkv, mask, call.scale)
+        dropped, dropped_lse = ops.attend(*qkv, rest, call.scale)
+        lse = torch.logaddexp(kept_lse, dropped_lse)
+        ratio = (kept_lse - lse).exp().transpose(1, 2)[..., None]
+        share = (dropped_lse - lse).exp().transpose(1, 2)[..., None]
+        video, residual = _video(call), self._empty_residual(call)
+        for heads in _chunks(output):
+            part = share[:, :, heads] * dropped[:, :, heads].to(share.dtype)
+            residual[:, :, heads] = part[:, video]
+            whole = ratio[:, :, heads] * output[:, :, heads].to(ratio.dtype) + part
+            output[:, :, heads] = whole.to(output.dtype)
+        self._keep(call, ratio[:, video].contiguous(), residual)
+        return output, lse
+
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
         """Remember ratio and residual on a refresh step; elsewhere apply them."""
         if call.state.get("for") != identity(call):
             self._remember(call, output, lse, ops)
+            return output
+        if call.state["refreshed"] == call.step:  # by ``attend``
             return output
         state, video = call.state, _video(call)
         ratio = state["ratio"] + (call.step - state["refreshed"] - 1) * self.ramp
@@ -135,24 +161,29 @@ class Rettention:
         return call.once((self, "mask"), lambda: build_method(self.mask, self.mask_params))
 
     def _remember(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> None:
-        """Run the mask beside the dense result and keep the ratio and the residual."""
+        """Run the mask beside a dense result that is known, and keep ratio and residual."""
         plan = self._mask(call).plan(call, ops)
         if plan is None:  # the mask is dense here
             return
         kept, kept_lse = ops.attend(call.query, call.key, call.value, plan, call.scale)
         video = _video(call)
         ratio = (kept_lse[..., video] - lse[..., video]).exp().transpose(1, 2)[..., None]
-        if self.clamp:
-            ratio = ratio.clamp(max=1)  # above it only by rounding
-        dtype = output.dtype
-        if self.residual_dtype != "same":
-            dtype = getattr(torch, self.residual_dtype)
-        device = torch.device("cpu") if self.offload else output.device
-        shape = output[:, video].shape
-        residual = torch.empty(shape, dtype=dtype, device=device)
+        residual = self._empty_residual(call)
         for heads in _chunks(output):
             held = ratio[:, :, heads] * kept[:, video, heads].to(ratio.dtype)
             residual[:, :, heads] = output[:, video, heads].to(ratio.dtype) - held
+        self._keep(call, ratio, residual)
+
+    def _empty_residual(self, call: AttentionCall) -> Tensor:
+        value = call.value[:, _video(call)]
+        same = self.residual_dtype == "same"
+        dtype = value.dtype if same else getattr(torch, self.residual_dtype)
+        device = torch.device("cpu") if self.offload else value.device
+        return torch.empty(value.shape, dtype=dtype, device=device)
+
+    def _keep(self, call: AttentionCall, ratio: Tensor, residual: Tensor) -> None:
+        if self.clamp:
+            ratio = ratio.clamp(max=1)  # above it only by rounding
         call.state.update(ratio=ratio, residual=residual, refreshed=call.step)
         call.state["for"] = identity(call)
 

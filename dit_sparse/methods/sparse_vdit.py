@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import check_block_size, check_share
 from dit_sparse.methods.order import patch_major
@@ -50,7 +51,7 @@ class _Table(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class SparseVDiT:
+class SparseVDiT(Method):
     """Keep the blocks of one fixed pattern in each head.
 
     - "full": everything.
@@ -152,16 +153,6 @@ class SparseVDiT:
             q_permutation=order,
             kv_permutation=order,
         )
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is: nothing stands in for what was dropped."""
-        return output
 
     def of_heads(self, heads: tuple[int, ...]) -> tuple[Pattern, ...]:
         """Name the pattern of each of the model's heads."""

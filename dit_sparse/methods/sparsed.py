@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -31,7 +32,7 @@ _SLACK = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class SparseD:
+class SparseD(Method):
     """Keep, in every row of blocks, the key blocks that held most mass on one early step.
 
     Steps before ``search_step`` are dense. On it the call is dense too, and its LSE gives the

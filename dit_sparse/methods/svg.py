@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.head_bands import (
     SPATIAL,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class SVG:
+class SVG(Method):
     """Give every head the band that changes its output less: along frames, or along patches.
 
     A spatial head sees tokens near to it frame by frame (raster order), a temporal head tokens
@@ -109,16 +110,6 @@ class SVG:
         order = bands.order[kinds]
         plan = listed_plan(call, self.block_size, bands.lists[kinds], bands.counts[kinds])
         return replace(plan, q_permutation=order, kv_permutation=order)
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is: nothing stands in for what was dropped."""
-        return output
 
     def bands(self, call: AttentionCall) -> HeadBands:
         """Look up (or build, once per geometry) both bands."""

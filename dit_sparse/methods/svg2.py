@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.clusters import (
     cluster_side,
@@ -29,7 +30,7 @@ _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
 
 
 @dataclass(frozen=True, slots=True)
-class SVG2:
+class SVG2(Method):
     """Cluster queries and keys, keep for every query cluster the key clusters with most weight.
 
     K-means (Lloyd, Euclidean) groups the video's queries and, apart, its keys; values follow keys.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class XAttention:
+class XAttention(Method):
     """Keep, in every row, the fewest key blocks whose estimated softmax mass reaches a threshold.
 
     Runs of ``stride`` = S tokens are folded into one, the queries' in reverse: their product is
@@ -85,13 +86,3 @@ class XAttention:
             return ops.select_top_p(mass, self.threshold, share_of(self.floor, mass.shape[-1]))
 
         return reused_plan(call, self.block_size, self.refresh, choose)
-
-    def finish(
-        self,
-        call: AttentionCall,  # noqa: ARG002
-        output: Tensor,
-        lse: Tensor,  # noqa: ARG002
-        ops: Ops,  # noqa: ARG002
-    ) -> Tensor:
-        """Return the output as it is: nothing stands in for what was dropped."""
-        return output

@@ -93,5 +93,5 @@ def run(method, call, ops):
     plan = method.plan(call, ops)
     if plan is None:
         return None, None
-    output, lse = ops.attend(call.query, call.key, call.value, plan, call.scale)
+    output, lse = method.attend(call, plan, ops)
     return plan, method.finish(call, output, lse, ops)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.backends import Backends
 from dit_sparse.errors import StrategyError
 from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods.params import build_method, params_of
@@ -68,6 +69,32 @@ def test_a_run_is_what_the_formula_says(calls, refresh, ramp, clamp, warmup):
             text[call.grid.video_start :][: call.grid.video_tokens] = False
             wanted[:, :, text] = own[:, :, text]
         torch.testing.assert_close(output, wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "params"),
+    [("radial", NARROW), ("gna", {"window": [1, 2, 3], "tile": [2, 2, 2], "exact": True})],
+)
+def test_a_refresh_computes_each_pair_once(mask, params):
+    computed = []
+
+    class Counting(Backends):
+        def attend(self, query, key, value, plan, scale):
+            computed.append(plan.density())
+            return super().attend(query, key, value, plan, scale)
+
+    method = build_method("rettention", {"mask": mask, "mask_params": params})
+    random, size = torch.Generator().manual_seed(5), (2, 64, 2, 8)
+    qkv = [torch.randn(size, generator=random) for _ in range(3)]
+    call = make_call(LatentsGrid(4, 3, 5, 4), 0, 2, num_steps=6, state={})
+    call.query, call.key, call.value = qkv
+    _, output = run(method, call, Counting())
+    total = torch.stack([density.mean() for density in computed]).sum()
+    assert len(computed) == 2
+    torch.testing.assert_close(total, torch.ones_like(total))
+    q, k, v = (x.double().transpose(1, 2) for x in qkv)
+    weights = (q @ k.transpose(-1, -2) * call.scale).softmax(-1)
+    torch.testing.assert_close(output, (weights @ v).transpose(1, 2).float())
 
 
 @pytest.mark.parametrize(
