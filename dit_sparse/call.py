@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Mapping
 
     from torch import Tensor
 
@@ -203,6 +204,10 @@ class Method(Protocol):
 
     summary: ClassVar[str]
     """One line for ``dit-sparse methods``: what it does and its source."""
+
+    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Params that keep planning below 5 % of dense attention on a CPU; empty where the defaults
+    do so, or where no setting does."""
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose; None: dense (the model's own kernel runs, ``finish`` is not called)."""

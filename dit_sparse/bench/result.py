@@ -133,8 +133,9 @@ class MethodMeasurement:
 
     def cells(self) -> list[str]:
         """One row of the table."""
+        params = ", ".join(f"{name}={value}" for name, value in self.params.items())
         return [
-            self.method,
+            f"{self.method} ({params})" if params else self.method,
             self.shape.name,
             str(self.threads),
             f"{self.density:.1%}",

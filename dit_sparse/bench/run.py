@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from dit_sparse.bench.methods import measure_method
 from dit_sparse.bench.result import BenchReport, Measurement, MethodMeasurement
 from dit_sparse.bench.shapes import CPU_SHAPES, METHOD_SHAPES, MODEL_SHAPES, Shape
 from dit_sparse.doctor import environment
-from dit_sparse.methods import METHODS
+from dit_sparse.methods import METHODS, method_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,7 +107,8 @@ def run_method_bench(
 
     Args:
         device: "cpu" or "cuda".
-        methods: Names, with default params; all but dense where None.
+        methods: Names; all but dense where None. Each runs with its default params, and on a
+            CPU once more with those that make its planning cheap (``Method.cheap_planning``).
         shapes: Sizes; 8k and 32k tokens on the CPU, the models' own on a GPU where None.
         dtype: fp32 on the CPU, bf16 on a GPU where None.
         threads: CPU threads to try; one where None.
@@ -122,14 +123,18 @@ def run_method_bench(
     names = [name for name in METHODS if name != "dense"] if methods is None else methods
     if dtype is None:
         dtype = torch.float32 if on_cpu else torch.bfloat16
+    variants: list[tuple[str, dict[str, Any]]] = []
+    for name in names:
+        cheap = dict(method_class(name).cheap_planning)
+        variants += [(name, {})] + [(name, cheap)] * bool(on_cpu and cheap)
     found: list[MethodMeasurement] = []
 
     def measure(count: int) -> None:
         for shape in shapes:
-            for name in names:
+            for name, params in variants:
                 if progress is not None:
                     progress(f"{name}, {shape.name}, {count} threads")
-                found.append(measure_method(where, name, {}, shape, dtype, num_steps, repeats))
+                found.append(measure_method(where, name, params, shape, dtype, num_steps, repeats))
 
     _for_each_thread_count(where, (1,) if threads is None and on_cpu else threads, measure)
     return BenchReport(

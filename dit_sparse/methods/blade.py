@@ -8,7 +8,8 @@ Video Generation", arXiv:2508.10774. Where paper and released code differ, both 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -26,6 +27,8 @@ from dit_sparse.methods.lists import (
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
@@ -73,6 +76,7 @@ class Blade(Method):
         "dynamic: Hilbert-ordered blocks by the largest sampled weight, pooled keys on request "
         "(BLADE's ASA and ASA_G, 2508.10774)"
     )
+    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType({"refresh": 4})
 
     density: float = 0.17
     threshold: float = 0.95

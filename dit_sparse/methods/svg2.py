@@ -9,7 +9,8 @@ Semantic-Aware Permutation", arXiv:2505.18875; compensation by cluster means aft
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
@@ -22,6 +23,8 @@ from dit_sparse.methods.lists import check_block_size, check_refresh, check_shar
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
@@ -79,6 +82,9 @@ class SVG2(Method):
     summary: ClassVar[str] = (
         "dynamic: k-means clusters of queries and keys, chosen by centroid (SVG2, 2505.18875), "
         "cluster means for the rest on request (SVG-EAR, 2603.08982)"
+    )
+    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"refresh": 4, "first_iterations": 10}
     )
 
     query_clusters: int = 300

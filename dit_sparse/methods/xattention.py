@@ -8,7 +8,8 @@ arXiv:2503.16428, in its non-causal form for video models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
@@ -22,6 +23,8 @@ from dit_sparse.methods.lists import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
@@ -57,6 +60,7 @@ class XAttention(Method):
         "dynamic: the fewest blocks that hold a share of the antidiagonals' mass "
         "(XAttention, 2503.16428)"
     )
+    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType({"refresh": 4})
 
     threshold: float = 0.9
     stride: int = 8

@@ -81,10 +81,11 @@ def _methods(data: Path) -> str:
     text = [
         "# What methods cost\n",
         (
-            "Whole methods with default params, planning and ordering included, over one "
-            "generation of one layer, on synthetic queries and keys. Planning is a share of one "
-            "dense attention; efficiency is (dense time x density) / sparse time. Densities are "
-            "the methods' own on this content, so rows are not at equal quality.\n"
+            "Whole methods with default params (or those named), planning and ordering "
+            "included, over one generation of one layer, on synthetic queries and keys. Planning "
+            "is a share of one dense attention; efficiency is (dense time x density) / sparse "
+            "time. Densities are the methods' own on this content, so rows are not at equal "
+            "quality.\n"
         ),
     ]
     for path in sorted(data.glob("methods-*.json")):
@@ -92,7 +93,7 @@ def _methods(data: Path) -> str:
         text += [f"## {path.stem}\n", _made(found, path)]
         rows = [
             (
-                f"[`{row['method']}`](../methods/{row['method']}.md)",
+                f"[`{row['method']}`](../methods/{row['method']}.md){_differing(row['params'])}",
                 row["shape"]["name"],
                 row["threads"],
                 f"{row['density']:.1%}",
@@ -107,6 +108,10 @@ def _methods(data: Path) -> str:
                 "state MiB")  # fmt: skip
         text.append(table(head, rows))
     return "\n".join(text)
+
+
+def _differing(params: dict[str, Any]) -> str:
+    return "".join(f" `{name}={value}`" for name, value in params.items())
 
 
 def _memory(data: Path) -> str:

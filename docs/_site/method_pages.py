@@ -165,8 +165,9 @@ def _measured(name: str, data: Path) -> str:
     for path in sorted(data.glob("methods-*.json")):
         for row in _json(path)["methods"]:
             if row["method"] == name:
-                lines.append(  # noqa: PERF401
-                    f"- **Planning** on a CPU, {row['shape']['name']}, density "
+                params = "".join(f", `{key}={value}`" for key, value in row["params"].items())
+                lines.append(
+                    f"- **Planning** on a CPU, {row['shape']['name']}{params}, density "
                     f"{row['density']:.0%}: {row['planning_share']:.1%} of one dense attention; "
                     f"efficiency with planning {row['efficiency']:.2f}. "
                     "[All methods](../benchmarks/methods.md)"

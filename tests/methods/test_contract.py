@@ -140,6 +140,12 @@ def test_the_same_run_twice_is_the_same(name, calls):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
+def test_cheap_planning_is_a_valid_choice(name):
+    params = dict(method_class(name).cheap_planning)
+    assert params_of(build_method(name, params)).items() >= params.items()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
 def test_few_step_models(name, num_steps):
     method = build_method(name, smallest(name))
