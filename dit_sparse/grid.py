@@ -14,6 +14,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MAX_TOKENS = 4_000_000  # of a strategy's or a picture's grid: 50 times a 720p video of 5 seconds
+MAX_BLOCKS = 10_000  # along one side: 640,000 tokens in blocks of 64
+_PAIR_BYTES = 24  # a block pair while a plan is packed: its mask, its place in a list, the list
+
+
+def check_blocks(blocks: int, cut_by: str, grid: LatentsGrid) -> None:
+    """Refuse more blocks than any plan needs, before memory for their pairs is asked for.
+
+    Args:
+        blocks: Blocks along one side.
+        cut_by: The params that cut the grid so, for people.
+        grid: What is cut.
+    """
+    if blocks > MAX_BLOCKS:
+        raise GeometryError(
+            f"{cut_by} cuts {grid} tokens into {blocks:,} blocks; a plan of all their pairs would "
+            f"take about {_PAIR_BYTES * blocks**2 / 2**30:,.0f} GiB, and at most {MAX_BLOCKS:,} "
+            "blocks are planned; use larger blocks or a smaller grid"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
     """Blocks of consecutive slots along one side (query or key) of an attention call.
@@ -160,6 +181,11 @@ class LatentsGrid:
         """
         return cut(self.video_tokens, block_size), cut(self.text_length, block_size)
 
+    def check_blocks(self, block_size: int) -> None:
+        """Raise ``GeometryError`` where blocks of this size are too many to plan."""
+        blocks = sum(-(-part // block_size) for part in (self.video_tokens, self.text_length))
+        check_blocks(blocks, f"block_size {block_size}", self)
+
     def layout(
         self,
         block_size: int,
@@ -175,6 +201,7 @@ class LatentsGrid:
                 end of the text and is left out of the blocks. None: all are valid.
         """
         video, text = self.block_lengths(block_size)
+        self.check_blocks(block_size)
         lengths = text + video if self.text_first else video + text
         layout = BlockLayout.from_lengths(lengths, device)
         if text_valid is None or not text:
@@ -195,6 +222,7 @@ class LatentsGrid:
     def text_blocks(self, block_size: int, device: torch.device | str | None = None) -> Tensor:
         """Mark which blocks of ``layout(block_size)`` hold text: bool ``[blocks]``."""
         video, text = self.block_lengths(block_size)
+        self.check_blocks(block_size)
         mark = [False] * len(video)
         marks = [True] * len(text) + mark if self.text_first else mark + [True] * len(text)
         return torch.tensor(marks, dtype=torch.bool, device=device)

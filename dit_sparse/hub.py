@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dit_sparse.errors import StrategyError
-from dit_sparse.strategy_io import CONFIG_NAME
+from dit_sparse.methods import METHODS
+from dit_sparse.strategy_io import CONFIG_NAME, near_names
 
 _ADDRESS = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^@:\s]+))?(?::([^@:\s]+))?")
 LOG_IN = "log in with 'hf auth login', or give token="
@@ -44,6 +45,15 @@ def parse(name: str) -> Address | None:
     if found is None or (found[3] is None and name.endswith(".json")):
         return None
     return Address(found[1], found[2], found[3])
+
+
+def means_a_file(name: str) -> bool:
+    """Say whether a name can only be a local path: its first part is a folder here, or a dot."""
+    first = name.partition("/")[0]
+    try:
+        return first.startswith((".", "~")) or Path(first).is_dir()
+    except (OSError, ValueError):  # too long or odd to be a path
+        return False
 
 
 def inside(name: str) -> tuple[Path, str] | None:
@@ -85,7 +95,7 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
     Raises:
         StrategyError: It is not there, may not be read, or cannot be reached.
     """
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -97,13 +107,14 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
     revision = options.get("revision")
     shown = str(Address(repo_id, revision, filename))
     try:
-        return Path(hf_hub_download(repo_id, filename, **options))
+        return fetch(repo_id, filename, **options)
     except LocalEntryNotFoundError as error:
         offline = constants.HF_HUB_OFFLINE or options.get("local_files_only")
         raise StrategyError(
             f"{Address(repo_id, revision)}: no {filename} in the local cache of the Hub, and "
             + ("the Hub may not be asked (offline mode)" if offline else "the Hub did not answer")
             + "; fetch it once with a network, or give a local file or folder"
+            + near_names(repo_id, tuple(METHODS))
         ) from error
     except EntryNotFoundError as error:
         raise StrategyError(
@@ -119,10 +130,44 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
     except RepositoryNotFoundError as error:
         raise StrategyError(
             f"{shown}: no folder here and no repository on the Hub has this name, or it is "
-            f"private: then {LOG_IN}"
+            f"private: then {LOG_IN}{near_names(repo_id, tuple(METHODS))}"
         ) from error
     except _failures() as error:
         raise StrategyError(f"{shown}: cannot be fetched: {_first_line(error)}") from error
+
+
+def fetch(repo_id: str, filename: str, **options: Any) -> Path:
+    """Fetch one file, asking the Hub once: where it does not answer, the local cache is used.
+
+    The Hub's client asks five times again, which takes half a minute without a network.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if not (constants.HF_HUB_OFFLINE or options.get("local_files_only")):
+        try:
+            url = hf_hub_url(
+                repo_id,
+                filename,
+                revision=options.get("revision"),
+                endpoint=options.get("endpoint"),
+            )
+            get_hf_file_metadata(url, token=options.get("token"))
+        except (
+            EntryNotFoundError,
+            GatedRepoError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        ):
+            raise
+        except _failures():
+            options["local_files_only"] = True
+    return Path(hf_hub_download(repo_id, filename, **options))
 
 
 def upload(

@@ -10,13 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from dit_sparse.methods.steps import step_at
 
-MAX_COUNT = 1_000_000  # steps, layers, heads: beyond it a number is a slip, not a size
+MAX_COUNT = 1_000_000  # steps: a larger number is a typing error
+MAX_INDEX = 4095  # layers and heads: the largest models have about a hundred of either
 
 
-def count(value: Any, word: str) -> int:
-    """Check one index or count: an int (no bool) in ``[0, MAX_COUNT]``."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_COUNT:
-        raise ValueError(f"{word} must be a whole number from 0, got {value!r:.80}")
+def count(value: Any, word: str, most: int = MAX_COUNT) -> int:
+    """Check one index or count: an int (no bool) in ``[0, most]``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{word} must be a whole number from 0 to {most}, got {value!r:.80}")
     return value
 
 
@@ -30,7 +31,7 @@ def indices(value: Any, word: str) -> tuple[int, ...]:
         )
     if not isinstance(value, list | tuple):
         raise ValueError(f"{word} must be a list of indices, got {value!r:.80}")  # noqa: TRY004
-    found = sorted(count(item, f"an index in {word}") for item in value)
+    found = sorted(count(item, f"an index in {word}", MAX_INDEX) for item in value)
     doubled = [a for a, b in pairwise(found) if a == b]
     if doubled:
         raise ValueError(f"{word} names {doubled[0]} twice")

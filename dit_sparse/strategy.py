@@ -21,8 +21,9 @@ from dit_sparse._version import __version__
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import param_names
+from dit_sparse.reading import refuse_controls
 from dit_sparse.schedule import Schedule
-from dit_sparse.strategy_form import FORM, Grid, Model, Receipt, Rule
+from dit_sparse.strategy_form import FORM, Grid, Line, Model, Receipt, Rule
 from dit_sparse.strategy_io import (
     CONFIG_NAME,
     explain,
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 1
+MAX_RULES = 50_000  # one for each head of the largest model in five step bands: 20,000
 _MAX_CACHED = 1 << 16
 
 
@@ -87,10 +89,10 @@ class Strategy(BaseModel):
     model_config = FORM
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    name: Annotated[str, Field(min_length=1, max_length=200)]
+    name: Annotated[Line, Field(min_length=1, max_length=200)]
     model: Model | None = None
     grid: Grid | None = None
-    library_version: str = __version__
+    library_version: Line = __version__
     schedule: Schedule = Schedule()
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     receipt: Receipt = Receipt()
@@ -109,9 +111,17 @@ class Strategy(BaseModel):
                 + (f"; dit_sparse {__version__} is too old for this file" if newer else "")
             )
         try:
+            refuse_controls(data)
+            if len(rules := data.get("rules") or ()) > MAX_RULES:
+                raise StrategyError(  # noqa: TRY301
+                    f"{shown}: rules: at most {MAX_RULES:,} are read, got {len(rules):,}; join "
+                    "heads with the same method in one rule"
+                )
             return cls.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
         except ValidationError as error:
             raise explain(error, shown, _KEYS) from error
+        except StrategyError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
             raise StrategyError(f"{shown}: not plain JSON data: {error}") from error
 
@@ -178,7 +188,9 @@ class Strategy(BaseModel):
         path = Path(profile)
         if is_there(path / CONFIG_NAME):
             return cls.from_pretrained(path).with_options(**options)
-        elsewhere = isinstance(profile, str) and (hub.inside(profile) or hub.parse(profile))
+        elsewhere = isinstance(profile, str) and (
+            hub.inside(profile) or (hub.parse(profile) and not hub.means_a_file(profile))
+        )
         if elsewhere and not is_there(path):
             return cls.from_pretrained(profile).with_options(**options)
         return cls.load(profile).with_options(**options)

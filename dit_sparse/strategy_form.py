@@ -7,17 +7,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
+from typing_extensions import Self
 
+from dit_sparse.grid import MAX_TOKENS
 from dit_sparse.methods import method_class
 from dit_sparse.methods.params import build_method, params_of
 from dit_sparse.methods.steps import step_at
+from dit_sparse.reading import refuse_controls
 from dit_sparse.schedule import indices
 
 if TYPE_CHECKING:
@@ -25,6 +30,15 @@ if TYPE_CHECKING:
 
 FORM = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+
+def _plain_text(value: str) -> str:
+    refuse_controls(value)
+    if "\n" in value or "\t" in value:
+        raise ValueError(f"must be one line without tabs, got {value!r:.80}")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_plain_text)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -61,8 +75,8 @@ class Model(BaseModel):
 
     model_config = FORM
 
-    classes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    config_hash: str | None = None
+    classes: Annotated[tuple[Line, ...], Field(strict=False, min_length=1)]
+    config_hash: Line | None = None
 
 
 class Grid(BaseModel):
@@ -74,6 +88,17 @@ class Grid(BaseModel):
     height: Positive
     width: Positive
     text: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        tokens = self.frames * self.height * self.width + self.text
+        if tokens > MAX_TOKENS:
+            raise ValueError(
+                f"{self.frames} x {self.height} x {self.width} + {self.text} are {tokens:,} "
+                f"tokens, at most {MAX_TOKENS:,} are planned for; sizes are counted in tokens "
+                "after patchify, not in pixels"
+            )
+        return self
 
 
 class Receipt(BaseModel):
@@ -104,6 +129,11 @@ class Receipt(BaseModel):
     versions: dict[str, str] = {}
     measured: dict[str, float] = {}
     note: str | None = None
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        refuse_controls(self.model_dump())
+        return self
 
 
 class Rule(BaseModel):

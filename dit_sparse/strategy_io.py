@@ -146,13 +146,22 @@ def shipped_file(name: str) -> Traversable | None:
     return files("dit_sparse").joinpath("profiles").joinpath(f"{name}.json")  # one part: 3.10
 
 
+def near_names(name: str, methods: tuple[str, ...]) -> str:
+    """Ask whether a shipped strategy or method of a near name was meant; "" where none is near."""
+    known = (*shipped_names(), *methods)
+    last = name.rpartition("/")[2].removesuffix(".json")
+    near = dict.fromkeys(
+        (*get_close_matches(name, known, n=3), *get_close_matches(last, known, n=3))
+    )
+    return f"; did you mean {' or '.join(list(near)[:3])}?" if near else ""
+
+
 def unknown_name(name: str, methods: tuple[str, ...]) -> StrategyError:
     """Explain what a name could have been: near names first, then all there are."""
     shipped = shipped_names()
-    near = get_close_matches(name, (*shipped, *methods), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return StrategyError(
-        f"no strategy file, shipped strategy or method is called {name!r:.80}{hint} "
+        f"no strategy file, shipped strategy or method is called {name!r:.80}"
+        f"{near_names(name, methods) or '.'} "
         f"Shipped: {', '.join(shipped) if shipped else 'none'}. Methods: {', '.join(methods)}"
     )
 

@@ -54,7 +54,7 @@ LAYERS = {
     "call": Layer(("call",), ("plan",)),
     "plan": Layer(("plan", "plan_io", "tiles", "nbytes"), ("grid",)),
     "grid": Layer(("grid", "synthetic"), ("base",)),
-    "base": Layer(("errors", "prompts", "_version"), ()),
+    "base": Layer(("errors", "prompts", "reading", "_version"), ()),
 }
 
 # Who may import what is not ours; anyone, where a name is not here.

@@ -39,6 +39,11 @@ RULES = [
     {"method": "radial", "params": {"form": "released", "block_size": 64, "sink": False}},
     {"method": "adaspa", "params": {"density": 0.3, "search_steps": [0.0, 0.5]}},
 ]
+# A name is one line, other texts may have line breaks; neither has control characters.
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+letters = st.characters(exclude_categories=["Cc", "Cs"], exclude_characters=BIDI)
+lines = st.text(letters, min_size=1, max_size=20)
+notes = st.text(st.one_of(letters, st.sampled_from("\n\t")), max_size=20)
 places = st.one_of(st.just("all"), st.lists(st.integers(0, 3), min_size=1, unique=True))
 bands = st.lists(st.integers(0, 10), min_size=2, max_size=2, unique=True).map(
     lambda pair: [n / 10 for n in sorted(pair)]
@@ -56,10 +61,10 @@ def rules(draw):
 @st.composite
 def strategies(draw):
     """Draw a whole strategy as plain data."""
-    texts = st.one_of(st.none(), st.text(max_size=20))
+    texts = st.one_of(st.none(), notes)
     return {
         "schema_version": 1,
-        "name": draw(st.text(min_size=1, max_size=20)),
+        "name": draw(lines),
         "model": draw(
             st.sampled_from([None, {"classes": ["WanTransformer3DModel"], "config_hash": "ab"}])
         ),
@@ -75,7 +80,7 @@ def strategies(draw):
             "command": draw(texts),
             "note": draw(texts),
             "seeds": draw(st.lists(st.integers(0, 9), max_size=3)),
-            "prompts": draw(st.lists(st.text(max_size=20), max_size=3)),
+            "prompts": draw(st.lists(notes, max_size=3)),
             "measured": {"density": draw(st.floats(0, 1)), "psnr_db": draw(st.floats(0, 99))},
         },
     }

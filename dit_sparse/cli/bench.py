@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
-from dit_sparse.cli.console import ERR, OUT, Debug, UserError, say
+from dit_sparse.cli.console import ERR, OUT, Debug, Terminal, UserError, say
 
 EXAMPLES = (
     "dit-sparse bench --device cpu -o bench.json",
@@ -127,7 +127,7 @@ def run(
     with ERR.status("measuring") as status:
 
         def tell(line: str) -> None:
-            status.update(f"measuring {line}")
+            status.update(Text(f"measuring {line}"))
             if not ERR.is_terminal:
                 say(f"measuring {line} ...")
 
@@ -146,7 +146,7 @@ def run(
             given = {name: value for name, value in given.items() if value}
             found = run_bench(memory=memory, **given)
     # Many columns: in a file or a pipe lines may be long, a terminal is as wide as it is.
-    wide = OUT if OUT.is_terminal else Console(width=max(OUT.width, 140))
+    wide = OUT if OUT.is_terminal else Terminal(width=max(OUT.width, 140))
     wide.print(found.table())
     if output is not None:
         try:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from dit_sparse.cli.console import OUT, Debug, UserError, progress
+from dit_sparse.cli.console import OUT, Debug, UserError, progress, styled
 
 if TYPE_CHECKING:
     from dit_sparse.quality.compare import Comparison
@@ -151,7 +150,7 @@ def run(
         files = write_comparison(found, output)
         bars.update(writing, completed=1)
     show(found)
-    OUT.print(f"[dim]{escape(str(output))}/[/] {', '.join(files)}", soft_wrap=True)
+    OUT.print(styled((f"{output}/", "dim"), f" {', '.join(files)}"), soft_wrap=True)
     if found.passed is False:
         raise typer.Exit(1)
 
@@ -163,7 +162,7 @@ def show(found: Comparison) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, row in found.rows.items():
         if row.value is None:
-            table.add_row(f"[dim]{name}[/]", f"[dim]{row.status}[/]", "", "", "")
+            table.add_row(name, row.status, "", "", "", style="dim")
             continue
         unit = f" {row.unit}" if row.unit else ""
         numbers = ["" if n is None else f"{n:.4g}" for n in (row.median, row.worst)]
@@ -174,12 +173,12 @@ def show(found: Comparison) -> None:
     OUT.print()
     for name, row in found.rows.items():
         if row.value is None and row.status != "n/a":
-            OUT.print(f"[dim]{name} {row.status}: {escape(row.reason or '')}[/]", highlight=False)
+            OUT.print(styled((f"{name} {row.status}: {row.reason or ''}", "dim")))
     for note in found.notes:
-        OUT.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        OUT.print(styled(("note:", "yellow"), f" {note}"))
     for verdict in found.verdicts:
         style = "green" if verdict.passed else "bold red"
-        OUT.print(f"[{style}]{escape(str(verdict))}[/]", highlight=False)
+        OUT.print(styled((str(verdict), style)))
 
 
 def words(given: list[str] | None) -> list[str] | None:

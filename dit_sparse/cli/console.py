@@ -9,16 +9,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from dit_sparse.errors import DitSparseError
+from dit_sparse.reading import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from rich.console import ConsoleOptions, RenderableType
     from rich.progress import Progress
+    from rich.segment import Segment
+    from rich.status import Status
 
-OUT = Console()
-ERR = Console(stderr=True)
+styled = Text.assemble  # styled("plain, ", ("bold", "bold")): no markup, so nothing to escape
+
+
+class Terminal(Console):
+    """A console that shows text as it is: no markup, no emoji codes, no escape sequences.
+
+    Names, notes and prompts come from files of others; only ``styled`` parts have a style.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make control characters visible before the text is laid out."""
+        return super().render_str(visible(text), **options)
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """Show a spinner beside a text."""
+        return super().status(Text(status) if isinstance(status, str) else status, **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Do the same with text that comes as an object of its own."""
+        for part in super().render(renderable, options):
+            yield part if part.control else part._replace(text=visible(part.text))
+
+
+OUT = Terminal()
+ERR = Terminal(stderr=True)
 
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show where an error comes from (a traceback).")
@@ -37,7 +70,7 @@ def first_line(error: BaseException) -> str:
 
 def say(text: str) -> None:
     """Say one line on stderr, as it is."""
-    ERR.print(text, markup=False, highlight=False, soft_wrap=True)
+    ERR.print(text, highlight=False, soft_wrap=True)
 
 
 def progress() -> Progress:
@@ -51,7 +84,7 @@ def progress() -> Progress:
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

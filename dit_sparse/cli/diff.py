@@ -108,7 +108,6 @@ def _plain(
 def _show(
     one: str, two: str, shape: Shape, told: list[Change], other: list[tuple[str, str, str]]
 ) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from dit_sparse.profiler.difference import ranges
@@ -119,9 +118,9 @@ def _show(
     if other:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for heading in ("", one, two):
-            table.add_column(escape(heading), overflow="fold")
+            table.add_column(heading, overflow="fold")
         for key, a, b in other:
-            table.add_row(escape(key.replace("_", " ")), escape(a), escape(b))
+            table.add_row(key.replace("_", " "), a, b)
         OUT.print(table)
         OUT.print()
     if not told:
@@ -130,11 +129,11 @@ def _show(
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     staged = len(shape.stages) > 1
     for heading in (*(("stage",) if staged else ()), "layers", "heads", "steps", one, two):
-        table.add_column(escape(heading), overflow="fold")
+        table.add_column(heading, overflow="fold")
     for each in told[:SHOWN]:
         a, b = _apart(each)
         where = (ranges(each.layers), ranges(each.heads), ranges(each.steps))
-        table.add_row(*((each.stage,) if staged else ()), *where, escape(a), escape(b))
+        table.add_row(*((each.stage,) if staged else ()), *where, a, b)
     OUT.print(table)
     if len(told) > SHOWN:
         OUT.print(f"... and {len(told) - SHOWN} rows more; --json has all")

@@ -7,10 +7,10 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from dit_sparse.cli.console import ERR, OUT, Debug
+from dit_sparse.cli.console import ERR, OUT, Debug, styled
 
 if TYPE_CHECKING:
     from dit_sparse.doctor import Device, Diagnosis, Kernel
@@ -43,38 +43,40 @@ def _show(found: Diagnosis) -> None:
     from dit_sparse.pipelines import ALL
 
     env = found.environment
-    OUT.print(
-        f"[bold]dit_sparse {env['dit_sparse']}[/], Python {env['python']}, {env['platform']}"
+    about = f", Python {env['python']}, {env['platform']}"
+    OUT.print(styled((f"dit_sparse {env['dit_sparse']}", "bold"), about))
+    known = (
+        styled(f"{name} ", version or ("not installed", "dim"))
+        for name, version in env["packages"].items()
     )
-    known = (f"{name} {version or '[dim]not installed[/]'}" for name, version in
-             env["packages"].items())  # fmt: skip
-    OUT.print(", ".join(known), highlight=False)
+    OUT.print(Text(", ").join(known))
     OUT.print(f"{env['cores']} cores, torch uses {env['torch_threads']} threads\n")
     for device in found.devices:
-        chosen = device.chosen or "[red]none can run[/]"
         OUT.print(
-            f"[bold]{device.name}[/] ({escape(device.description)}), {device.dtype}: "
-            f"would run [bold]{chosen}[/]",
-            highlight=False,
+            styled(
+                (device.name, "bold"),
+                f" ({device.description}), {device.dtype}: would run ",
+                (device.chosen, "bold") if device.chosen else ("none can run", "red"),
+            )
         )
         table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
         for kernel in device.kernels:
             table.add_row(kernel.name, _state(kernel, device))
         OUT.print(table)
         OUT.print()
-    OUT.print(f"[bold]models[/]      {ALL}", highlight=False)
-    OUT.print(f"[bold]strategies[/]  {', '.join(found.strategies) or 'none'}", highlight=False)
+    OUT.print(styled(("models", "bold"), f"      {ALL}"))
+    OUT.print(styled(("strategies", "bold"), f"  {', '.join(found.strategies) or 'none'}"))
     for problem in found.problems:
-        OUT.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False)
+        OUT.print(styled(("problem:", "bold red"), f" {problem}"))
     OUT.print("No problem found." if not found.problems else f"{len(found.problems)} found.")
 
 
-def _state(kernel: Kernel, device: Device) -> str:
+def _state(kernel: Kernel, device: Device) -> Text:
     if kernel.reasons:
-        return f"[dim]no:[/] {escape('; '.join(kernel.reasons))}"
+        return styled(("no:", "dim"), f" {'; '.join(kernel.reasons)}")
     if kernel.check is not None:
-        return f"[red]wrong:[/] {escape(kernel.check)}"
+        return styled(("wrong:", "red"), f" {kernel.check}")
     if kernel.by_name_only:
-        return "can run; only when asked for by name"
+        return Text("can run; only when asked for by name")
     first = "would run" if kernel.name == device.chosen else "can run, another is preferred"
-    return f"[green]{first}[/]; agrees with the reference"
+    return styled((first, "green"), "; agrees with the reference")

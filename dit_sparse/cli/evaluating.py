@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from dit_sparse import Strategy, enable
 from dit_sparse.backends import Backends
-from dit_sparse.cli.console import OUT, UserError, progress, say
+from dit_sparse.cli.console import OUT, UserError, progress, say, styled
 from dit_sparse.cli.making import Maker, weights_hash
 from dit_sparse.cli.options import read_seeds
 from dit_sparse.cli.prompts import of_file
@@ -139,7 +138,7 @@ def perform(wish: Wish) -> bool:
     found = summed_up(setup, place, wish.gates)
     files = write_evaluation(found, wish.output)
     show(found)
-    OUT.print(f"[dim]{escape(str(wish.output))}/[/] {', '.join(files)}, pairs/", soft_wrap=True)
+    OUT.print(styled((f"{wish.output}/", "dim"), f" {', '.join(files)}, pairs/"), soft_wrap=True)
     return found.passed is not False
 
 
@@ -188,13 +187,13 @@ def show(found: Summary) -> None:
         label = f"noise floor: {found.setup.floor}" if arm.label == FLOOR else arm.label
         speed = "-" if arm.speedup is None or arm.label == FLOOR else f"{arm.speedup[0]:.2f}x"
         density = "-" if arm.density is None else f"{arm.density:.3f}"
-        table.add_row(escape(label), speed, density, *cells)
+        table.add_row(label, speed, density, *cells)
     OUT.print()
     OUT.print(table)
     OUT.print()
     for note in found.notes:
-        OUT.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        OUT.print(styled(("note:", "yellow"), f" {note}"))
     for arm in found.arms:
         for verdict in arm.verdicts:
             style = "green" if verdict.passed else "bold red"
-            OUT.print(f"[{style}]{escape(arm.label)}: {escape(str(verdict))}[/]", highlight=False)
+            OUT.print(styled((f"{arm.label}: {verdict}", style)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dit_sparse.cli.console import ERR, OUT, Debug, UserError, first_line
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, first_line, styled
 from dit_sparse.cli.source import SampleDefaults, local_folder
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def run(
     source = "given" if efficiency else f"median of {bench}" if bench else "assumed"
     OUT.print(_table(told, title, source, better))
     for warning in (*remarks, *told.warnings):
-        OUT.print(f"[bold yellow]{warning}[/]", highlight=False)
+        OUT.print(styled((warning, "bold yellow")))
     if output is not None:
         _save(output, told, title, source)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dit_sparse.strategy import Strategy
 
 GRID = re.compile(r"(\d{1,6})x(\d{1,6})x(\d{1,6})(?:\+(\d{1,6}))?")
-LARGEST = 4_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def seeded(arguments: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def read_grid(text: str, *, text_first: bool) -> LatentsGrid:
     """Read FRAMESxHEIGHTxWIDTH[+TEXT]."""
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.grid import MAX_TOKENS, LatentsGrid
 
     match = GRID.fullmatch(text)
     if match is None:
@@ -137,8 +136,10 @@ def read_grid(text: str, *, text_first: bool) -> LatentsGrid:
         )
     frames, height, width, words = (int(part or 0) for part in match.groups())
     found = LatentsGrid(frames, height, width, words, text_first and words > 0)
-    if found.tokens > LARGEST:
-        raise UserError(f"--grid {text}: {found.tokens:,} tokens; at most {LARGEST:,} are drawn")
+    if found.tokens > MAX_TOKENS:
+        raise UserError(
+            f"--grid {text}: {found.tokens:,} tokens; at most {MAX_TOKENS:,} are drawn"
+        )
     return found
 
 

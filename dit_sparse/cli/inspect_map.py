@@ -217,7 +217,7 @@ def _finish(atlas: Atlas, output: Path, name: str) -> None:
     for note in atlas.notes:
         say(note)
     for path in made:
-        OUT.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        OUT.print(str(path), highlight=False, soft_wrap=True)
 
 
 def _address(picture: Any) -> str:

@@ -9,10 +9,9 @@ from textwrap import dedent
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from dit_sparse.cli.console import OUT, Debug, UserError
+from dit_sparse.cli.console import OUT, Debug, UserError, styled
 from dit_sparse.cli.models import show_models
 
 EXAMPLES = (
@@ -53,7 +52,7 @@ def run(
 
     for method in sorted(METHODS) if name is None else [name]:
         cls: Any = method_class(method)
-        OUT.print(f"[bold]{method}[/]  {escape(cls.summary)}", highlight=False)
+        OUT.print(styled((method, "bold"), f"  {cls.summary}"))
         about = arguments(cls.__doc__)
         rows = [
             (field.name, _type(field.type), _default(field), about.get(field.name, ""))
@@ -61,7 +60,7 @@ def run(
         ]
         _print(rows, "no params")
     about = arguments(Schedule.__doc__)
-    OUT.print("[bold]schedule[/]  settings of every strategy, whatever its method")
+    OUT.print(styled(("schedule", "bold"), "  settings of every strategy, whatever its method"))
     kinds = {"dense_layers": "list of int"}
     _print(
         [
@@ -92,14 +91,14 @@ def arguments(docstring: str | None) -> dict[str, str]:
 
 def _print(rows: list[tuple[str, str, str, str]], empty: str = "") -> None:
     if not rows:
-        OUT.print(f"  [dim]{empty}[/]\n")
+        OUT.print(styled("  ", (empty, "dim"), "\n"))
         return
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     for title in ("param", "type", "default"):
         table.add_column(title, no_wrap=title != "type")
     table.add_column("meaning, range", ratio=1)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     OUT.print(table)
     OUT.print()
 
@@ -107,7 +106,7 @@ def _print(rows: list[tuple[str, str, str, str]], empty: str = "") -> None:
 def _strategies() -> None:
     from dit_sparse.strategy import Strategy, shipped_names
 
-    OUT.print("[bold]shipped strategies[/]")
+    OUT.print(styled(("shipped strategies", "bold")))
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     for title in ("name", "methods", "for", "known by"):
         table.add_column(title, no_wrap=title == "name")
@@ -118,10 +117,10 @@ def _strategies() -> None:
         if receipt.measured:
             known = "measured: " + ", ".join(f"{k} {v:g}" for k, v in receipt.measured.items())
         table.add_row(
-            escape(name),
+            name,
             ", ".join(sorted({rule.method for rule in found.rules})) or "dense",
             "any model" if found.model is None else ", ".join(found.model.classes),
-            escape(known or "not said"),
+            known or "not said",
         )
     OUT.print(table)
     OUT.print()

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from dit_sparse.cli.console import OUT, UserError
+from dit_sparse.cli.console import OUT, UserError, styled
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.table import Row
@@ -48,16 +47,16 @@ def _has(row: Row, part: str) -> bool:
 def _print(found: list[Row]) -> None:
     served = [row for row in found if row.served]
     if served:
-        OUT.print("[bold]served[/]  tried at tiny size, with random weights")
+        OUT.print(styled(("served", "bold"), "  tried at tiny size, with random weights"))
         if len(served) > DETAILED:
             _overview(served)
         else:
             _details(served)
     if len(served) < len(found):
-        OUT.print("[bold]declined[/]")
+        OUT.print(styled(("declined", "bold")))
         for row in found:
             if not row.served:
-                OUT.print(f"  {row.class_name}: {escape(row.reason)}", highlight=False)
+                OUT.print(f"  {row.class_name}: {row.reason}", highlight=False)
 
 
 def _overview(served: list[Row]) -> None:
@@ -65,14 +64,14 @@ def _overview(served: list[Row]) -> None:
     for title in ("class", "text", "tried with; what stays dense"):
         table.add_column(title, no_wrap=title == "class")
     for row in served:
-        table.add_row(*map(escape, (row.class_name, row.text, _tried(row))))
+        table.add_row(row.class_name, row.text, _tried(row))
     OUT.print(table)
     OUT.print("Pipelines, layers and grid of one: dit-sparse methods NAME --models\n")
 
 
 def _details(served: list[Row]) -> None:
     for row in served:
-        OUT.print(f"  [bold]{row.class_name}[/]")
+        OUT.print(styled("  ", (row.class_name, "bold")))
         table = Table(box=None, padding=(0, 2, 0, 4), show_header=False)
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
@@ -84,7 +83,7 @@ def _details(served: list[Row]) -> None:
             ("forecast at", row.forecast),
             ("tried with", _tried(row)),
         ):
-            table.add_row(title, escape(text))
+            table.add_row(title, text)
         OUT.print(table)
     OUT.print()
 

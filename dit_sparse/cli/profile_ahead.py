@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dit_sparse.cli.console import ERR, OUT
+from dit_sparse.cli.console import ERR, OUT, styled
 from dit_sparse.cli.forecast import read_model
 
 if TYPE_CHECKING:
@@ -70,12 +70,13 @@ def tell(
     title = f"{model}, {height} x {width} pixels{length}, {count} steps of {passes} passes"
     OUT.print(_table(told, title, len(how.wanted)))
     if told.state_bytes > state_limit * 2**30:
-        OUT.print(
-            f"[bold yellow]Candidates would remember more than --state-limit {state_limit:g} GiB, "
-            "and the search would stop:[/] raise it, or leave a method out, as in --candidates "
-            f"{candidates},-{max(told.state, key=lambda name: told.state[name])}.",
-            highlight=False,
+        most = max(told.state, key=lambda name: told.state[name])
+        warning = (
+            f"Candidates would remember more than --state-limit {state_limit:g} GiB, and the "
+            "search would stop:"
         )
+        advice = f" raise it, or leave a method out, as in --candidates {candidates},-{most}."
+        OUT.print(styled((warning, "bold yellow"), advice))
 
 
 def _table(told: Expected, title: str, candidates: int) -> Table:

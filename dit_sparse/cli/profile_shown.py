@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dit_sparse.cli.console import ERR, OUT
+from dit_sparse.cli.console import ERR, OUT, styled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,6 @@ class Shown:
 
 def show(found: Profile, output: Path) -> None:
     """Print who got what, and what was measured."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
@@ -72,7 +71,7 @@ def show(found: Profile, output: Path) -> None:
     for column, (count, density, error) in sorted(total.items(), key=lambda item: -item[1][0]):
         name = "dense" if column == 0 else found.candidates[column - 1].name
         table.add_row(
-            escape(name),
+            name,
             f"{count / everything:.1%}",
             f"{density / count:.3f}",
             f"{(error / count) ** 0.5:.3f}",
@@ -83,5 +82,10 @@ def show(found: Profile, output: Path) -> None:
     for figure, value in found.strategy.receipt.measured.items():
         OUT.print(f"{figure.replace('_', ' ')}: {value:.4g}", highlight=False)
     if not found.strategy.rules:
-        OUT.print("[yellow]Everything stays dense:[/] no candidate is worth it under this wish.")
-    OUT.print(f"[dim]{escape(str(output))}[/]", soft_wrap=True)
+        OUT.print(
+            styled(
+                ("Everything stays dense:", "yellow"),
+                " no candidate is worth it under this wish.",
+            )
+        )
+    OUT.print(styled((str(output), "dim")), soft_wrap=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from dit_sparse.cli.console import OUT
+from dit_sparse.cli.console import OUT, styled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,15 +24,15 @@ def show(result: dict[str, Any], folder: Path, files: list[str]) -> None:
     table.add_column("")
     if dense is not None:
         table.add_column("dense", justify="right")
-    table.add_column(f"sparse: {escape(result['strategy']['name'])}", justify="right")
+    table.add_column(f"sparse: {result['strategy']['name']}", justify="right")
     for label, left, right in _rows(result, dense, sparse):
         table.add_row(label, *([left] if dense is not None else []), right)
     OUT.print()
     OUT.print(table)
     OUT.print()
     for line in _verdict(result):
-        OUT.print(line, highlight=False)
-    OUT.print(f"[dim]{escape(str(folder))}/[/] {', '.join(files)}", soft_wrap=True)
+        OUT.print(line)
+    OUT.print(styled((f"{folder}/", "dim"), f" {', '.join(files)}"), soft_wrap=True)
 
 
 def _rows(
@@ -65,12 +65,12 @@ def _rows(
         told = f"{_number(score['value'], digits)}{unit} ({_number(score['worst'], digits)})"
         rows.append((f"{name.upper()} to dense (worst frame)", "", told))
     kernels = "" if dense is None else ", ".join(dense["kernels"])
-    rows.append(("kernels", escape(kernels), escape(", ".join(sparse["kernels"]))))
+    rows.append(("kernels", kernels, ", ".join(sparse["kernels"])))
     rows.append(("memory for masks and state", "", _size(sparse["state_bytes_peak"])))
     return rows
 
 
-def _verdict(result: dict[str, Any]) -> list[str]:
+def _verdict(result: dict[str, Any]) -> list[Text]:
     """Say the speed-up plainly, and what a reader must know before he believes it."""
     lines = []
     speedup, density = result["speedup"], result["density"]
@@ -78,53 +78,64 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         total, attention = speedup["total"], speedup["attention"]
         of = f"; self-attention alone {attention:.2f}x" if attention is not None else ""
         if abs(total - 1) <= EVEN:
-            lines.append(f"[bold]As fast as dense at this size[/] ({total:.2f}x{of}).")
+            lines.append(
+                styled(("As fast as dense at this size", "bold"), f" ({total:.2f}x{of}).")
+            )
         elif total > 1:
-            lines.append(f"[bold green]{total:.2f}x as fast as dense[/]{of}.")
+            lines.append(styled((f"{total:.2f}x as fast as dense", "bold green"), f"{of}."))
         else:
-            lines.append(f"[bold yellow]Slower than dense at this size[/]: {total:.2f}x{of}.")
+            slower = ("Slower than dense at this size", "bold yellow")
+            lines.append(styled(slower, f": {total:.2f}x{of}."))
         if (
             result["environment"]["device"] == "cpu"
             and abs(speedup["processor"] / total - 1) > DISTURBED
         ):
             lines.append(
-                f"By processor time it is {speedup['processor']:.2f}x: the machine was busy with "
-                "other things, trust this one more."
+                Text(
+                    f"By processor time it is {speedup['processor']:.2f}x: the machine was busy "
+                    "with other things, trust this one more."
+                )
             )
     if density["sparse_call_count"] == 0:
-        lines.append("[yellow]Nothing was sparse:[/] every attention call was computed whole.")
+        lines.append(
+            styled(("Nothing was sparse:", "yellow"), " every attention call was computed whole.")
+        )
     psnr = (result["quality"] or {}).get("psnr")
     if psnr is not None and density["sparse_call_count"] and psnr["value"] == 100:
-        lines.append("[yellow]All frames equal the dense ones[/], though calls were sparse.")
+        lines.append(
+            styled(("All frames equal the dense ones", "yellow"), ", though calls were sparse.")
+        )
     lines += [
-        f"[yellow]stayed dense[/] x {count}: {escape(why)}"
+        styled(("stayed dense", "yellow"), f" x {count}: {why}")
         for why, count in result["arms"]["sparse"]["dense_against_the_strategy"].items()
     ]
     lines += _guarantee(result["arms"]["sparse"]["guarantee"])
     repeat = result["repeat"]
     if repeat is not None and not repeat["identical"]:
         lines.append(
-            "The same settings twice differ by up to "
-            f"{repeat['largest_difference']} levels of 255: read PSNR and SSIM with that in mind."
+            Text(
+                f"The same settings twice differ by up to {repeat['largest_difference']} levels "
+                "of 255: read PSNR and SSIM with that in mind."
+            )
         )
     return lines
 
 
-def _guarantee(found: dict[str, Any] | None) -> list[str]:
+def _guarantee(found: dict[str, Any] | None) -> list[Text]:
     """Say whether every head kept to what was asked for."""
     if found is None:
         return []
     limit, count = f"{found['limit']:.3g}", len(found["returned"])
     if count:
         told = (
-            f"[yellow]Guarantee {limit}:[/] {count} of {found['heads']} heads went back to dense "
-            "(each layer and guidance branch by itself); result.json lists them."
+            f" {count} of {found['heads']} heads went back to dense (each layer and guidance "
+            "branch by itself); result.json lists them."
         )
-        return [told]
+        return [styled((f"Guarantee {limit}:", "yellow"), told)]
     if not found["probes"]:
-        return [f"Guarantee {limit}: nothing was sparse, nothing was probed."]
+        return [Text(f"Guarantee {limit}: nothing was sparse, nothing was probed.")]
     worst = f"{found['worst_kept']:.3g}"
-    return [f"Guarantee {limit} held: largest error {worst} in {found['probes']} probes."]
+    return [Text(f"Guarantee {limit} held: largest error {worst} in {found['probes']} probes.")]
 
 
 def _number(value: float | None, form: str) -> str:

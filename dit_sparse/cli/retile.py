@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dit_sparse.cli.console import ERR, OUT, Debug, UserError
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, styled
 from dit_sparse.cli.shape import Shape, load_strategy, shape_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def run(
         _compare(made.strategy, found, check, *other)
     if output is not None:
         made.strategy.save(output)
-        OUT.print(str(output), markup=False, highlight=False, soft_wrap=True)
+        OUT.print(str(output), highlight=False, soft_wrap=True)
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -170,16 +170,13 @@ def _tell(made: Retiled, old: Strategy, grid: LatentsGrid) -> None:
         OUT.print("The size is the one it was made at: nothing changes.")
     for heading, lines in (("scaled", made.scaled), ("stays", made.stays)):
         for line in lines:
-            OUT.print(f"[bold]{heading}[/]  ", end="")
-            OUT.print(line, markup=False, highlight=False, soft_wrap=True)
+            OUT.print(styled((heading, "bold"), f"  {line}"), soft_wrap=True)
     for line in made.warnings:
-        OUT.print("[bold yellow]warning[/]  ", end="")
-        OUT.print(line, markup=False, highlight=False, soft_wrap=True)
+        OUT.print(styled(("warning", "bold yellow"), f"  {line}"), soft_wrap=True)
 
 
 def _compare(made: Strategy, old: Strategy, path: Path, native: Strategy, stored: Stored) -> None:
     """Print the re-tiled strategy beside the one that was searched there."""
-    from rich.markup import escape
     from rich.table import Table
 
     from dit_sparse.profiler.stored import fits
@@ -198,14 +195,14 @@ def _compare(made: Strategy, old: Strategy, path: Path, native: Strategy, stored
     gain = was.get("predicted_attention_speedup")
     at_home = [was.get("relative_error"), was.get("density"), None if gain is None else 1 / gain]
     table.add_row(
-        escape(f"{old.name}, by its own receipt"),
+        f"{old.name}, by its own receipt",
         *("not known" if v is None else f"{v:.3f}" for v in at_home),
         "",
     )
     for label, each in ((f"{old.name}, re-tiled", made), (f"{native.name}, searched", native)):
         found = judge(each, stored)
         table.add_row(
-            escape(label),
+            label,
             f"{found.error:.3f}",
             f"{found.density:.3f}",
             f"{found.time:.3f}",
@@ -218,6 +215,5 @@ def _compare(made: Strategy, old: Strategy, path: Path, native: Strategy, stored
         f"{stored.num_steps} steps at {stored.grid} tokens. Error: root of the mean squared "
         "relative error of heads' outputs. Time: of self-attention, as a share of dense; "
         f"{stored.timing}.",
-        markup=False,
         highlight=False,
     )

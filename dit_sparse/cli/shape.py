@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dit_sparse.strategy import Strategy
 
+MOST_HEADS = 100_000  # of a model, over all layers; the largest has a few thousand
 STEPS = 50
 
 
@@ -95,6 +96,11 @@ def shape_of(
     for each in strategies:
         name = "" if each.model is None else each.model.classes[0]
         each.validate_for(name, found.layers, found.heads, stages=stages)
+    if found.layers * found.heads > MOST_HEADS:
+        raise UserError(
+            f"{found.layers} layers x {found.heads} heads ({found.source}): at most "
+            f"{MOST_HEADS:,} heads are shown; give the model's sizes by --layers and --heads"
+        )
     return Shape(
         found.layers,
         found.heads,

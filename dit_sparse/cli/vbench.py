@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from dit_sparse.cli.console import ERR, OUT, Debug, UserError, guarded, progress
+from dit_sparse.cli.console import ERR, OUT, Debug, UserError, guarded, progress, styled
 
 if TYPE_CHECKING:
     from dit_sparse.quality.vbench import Results
@@ -58,7 +57,7 @@ def export(
         made = write(
             items, output, settings=settings, watch=lambda n: bars.update(task, completed=n)
         )
-    OUT.print(f"{len(made['files'])} clips for {made['suite']} in {escape(str(output))}")
+    OUT.print(f"{len(made['files'])} clips for {made['suite']} in {output}")
     if not made["named_by_prompt"]:
         OUT.print("Some prompts do not fit a file name: use custom input, which 'run' does.")
 
@@ -162,7 +161,7 @@ def finish(found: Results, output: Path) -> None:
     OUT.print(table)
     for name, score in found.scores.items():
         if score.reason is not None:
-            OUT.print(f"[dim]{name} {score.status}: {escape(score.reason)}[/]", highlight=False)
+            OUT.print(styled((f"{name} {score.status}: {score.reason}", "dim")))
     if told["totals"] is None:
         OUT.print("No totals: they need all 16 dimensions, and a missing one is not a 0.")
     else:

@@ -15,6 +15,7 @@ import torch
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
+from dit_sparse.methods.lists import MAX_ENTRIES, check_count
 from dit_sparse.methods.steps import step_at
 from dit_sparse.plan import BlockPlan
 
@@ -75,6 +76,7 @@ class AdaSpa(Method):
         if not 0 < self.density <= 1:
             raise StrategyError(f"density must lie in (0, 1], got {self.density}; try 0.2")
         steps = self.search_steps
+        check_count("search_steps: its length", len(steps), (0, MAX_ENTRIES), 2)
         if not steps or sorted(set(steps)) != list(steps) or not 0 <= steps[0] <= steps[-1] < 1:
             raise StrategyError(
                 "search_steps must hold ascending fractions of the run in [0, 1), got "
@@ -84,10 +86,7 @@ class AdaSpa(Method):
             raise StrategyError(
                 f"recall_threshold must lie in [0, 1], got {self.recall_threshold}; try 0.8"
             )
-        if not 1 <= self.block_size <= 1024:
-            raise StrategyError(
-                f"block_size must be a token count in [1, 1024], got {self.block_size}; try 64"
-            )
+        check_count("block_size", self.block_size, (1, 1024), 64)
 
     def searches(self, num_steps: int) -> tuple[int, ...]:
         """Give the steps of a run on which this method searches; may be empty."""

@@ -33,7 +33,9 @@ def paper_half_widths(units: int, length: int, factor: float) -> Tensor:
         elif width >= 1:
             found.append(int(min(width, length)) - 1)
         else:
-            found.append(DROPPED if distance % ceil(power / (factor * length)) else 0)
+            # Compared before rounding: a tiny factor makes the quotient infinite.
+            every = ceil(min(power / (factor * length), distance + 1))
+            found.append(DROPPED if distance % every else 0)
     return torch.tensor(found, dtype=torch.int32)
 
 

@@ -18,8 +18,11 @@ from dit_sparse.errors import StrategyError
 from dit_sparse.grid import BlockLayout, cut
 from dit_sparse.methods.gilbert import gilbert_order
 from dit_sparse.methods.lists import (
+    MAX_COUNT,
     check_block_size,
+    check_count,
     check_refresh,
+    check_seed,
     check_share,
     reused_plan,
     video_blocks,
@@ -61,12 +64,12 @@ class Blade(Method):
             at least. BLADE has 0.17 (Wan) and 0.1 (CogVideoX). Higher is closer to dense.
         threshold: Share of a row's scores to hold, in (0, 1]; BLADE has 0.95. 1 is plain top-k.
         floor: Smallest share of video key blocks that a row keeps, in [0, density].
-        samples: Tokens drawn of each block, >= 1; the code has 32, the paper 16. More is truer
-            and costs its square.
+        samples: Tokens drawn of each block, 1 to 1024; the code has 32, the paper 16. More is
+            truer and costs its square.
         form: "code", which the released weights were trained with: exp(score - the query's best
             score). "paper": softmax weight among the drawn keys.
-        pooled: Tokens in a pooled key, 0 for none (ASA); BLADE has 30 (Wan) and 15 (CogVideoX)
-            for its distilled models. Larger is cheaper and coarser.
+        pooled: Tokens in a pooled key, up to a million; 0 for none (ASA). BLADE has 30 (Wan) and
+            15 (CogVideoX) for its distilled models. Larger is cheaper and coarser.
         seed: For the draw, from 0.
         refresh: Steps for which a choice lives, >= 1; BLADE chooses on every step.
         block_size: Tokens in a block, 1 to 1024; BLADE has 128.
@@ -96,14 +99,11 @@ class Blade(Method):
             raise StrategyError(
                 f"floor must lie in [0, density = {self.density}], got {self.floor}; try 0"
             )
-        if self.samples < 1:
-            raise StrategyError(f"samples must be at least 1, got {self.samples}; try 32")
+        check_count("samples", self.samples, (1, 1024), 32)
         if self.form not in {"code", "paper"}:
             raise StrategyError(f"form must be 'code' or 'paper', got {self.form!r}")
-        if self.pooled < 0:
-            raise StrategyError(f"pooled must be a token count from 0, got {self.pooled}; try 30")
-        if not 0 <= self.seed < 2**31:
-            raise StrategyError(f"seed must lie in [0, 2 ** 31), got {self.seed}")
+        check_count("pooled", self.pooled, (0, MAX_COUNT), 30)
+        check_seed(self.seed)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
 

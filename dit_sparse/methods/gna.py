@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
+from dit_sparse.methods.lists import MAX_COUNT
 from dit_sparse.methods.windows import AxisRule, product_plan
 from dit_sparse.plan import BlockPlan
 
@@ -74,10 +75,10 @@ class GNA(Method):
             ("tile", [4, 4, 8]),
         ):  # fmt: skip
             value = getattr(self, name)
-            if len(value) != 3 or min(value) < 1:
+            if len(value) != 3 or min(value) < 1 or max(value) > MAX_COUNT:
                 raise StrategyError(
-                    f"{name} must hold three counts of at least 1 (frames, rows, columns), got "
-                    f"{list(value)}; try {example}"
+                    f"{name} must hold three counts from 1 to {MAX_COUNT} (frames, rows, "
+                    f"columns), got {list(value)!r:.80}; try {example}"
                 )
         if any(s > w for s, w in zip(self.stride, self.window, strict=True)):
             raise StrategyError(

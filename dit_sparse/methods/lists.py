@@ -23,18 +23,36 @@ _SCRATCH = 64 * 2**20  # bytes of scores held at a time; heads are taken in chun
 _LARGEST = 2**15 - 1
 
 
+MAX_COUNT = 1_000_000  # steps and tokens along an axis: a larger number is a typing error
+MAX_ENTRIES = 1024  # of a list in the params
+
+
+def check_count(name: str, value: int, span: tuple[int, int], hint: int) -> None:
+    """Refuse counts outside of ``span``, both ends included."""
+    if not span[0] <= value <= span[1]:
+        raise StrategyError(
+            f"{name} must be a whole number in [{span[0]}, {span[1]}], got {value!r:.40}; "
+            f"try {hint}"
+        )
+
+
 def check_block_size(block_size: int) -> None:
     """Refuse block sizes outside of [1, 1024]."""
     if not 1 <= block_size <= 1024:
         raise StrategyError(
-            f"block_size must be a token count in [1, 1024], got {block_size}; try 128"
+            f"block_size must be a token count in [1, 1024], got {block_size!r:.40}; try 128"
         )
 
 
 def check_refresh(refresh: int) -> None:
     """Refuse refresh periods below one step."""
-    if refresh < 1:
-        raise StrategyError(f"refresh must be a step count of at least 1, got {refresh}; try 1")
+    check_count("refresh", refresh, (1, MAX_COUNT), 1)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse seeds that a generator cannot take once layer and step are mixed in."""
+    if not 0 <= seed < 2**31:
+        raise StrategyError(f"seed must lie in [0, 2 ** 31), got {seed!r:.40}")
 
 
 def check_share(name: str, value: float, *, zero: bool, hint: float) -> None:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from dit_sparse.grid import BlockLayout, LatentsGrid, cut
+from dit_sparse.grid import BlockLayout, LatentsGrid, check_blocks, cut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +94,8 @@ def boxes(grid: LatentsGrid, cuts: tuple[list[list[int]], ...], text_block_size:
         cuts: For frames, rows and columns: their coordinates in lists, each coordinate once.
         text_block_size: Tokens in a block of text.
     """
+    count = prod(map(len, cuts)) + -(-grid.text_length // text_block_size)
+    check_blocks(count, "tile (with its dilation or block_size)", grid)
     token = torch.arange(grid.video_tokens).view(grid.frames, grid.height, grid.width)
     # All coordinates of an axis side by side, then box by box views of the reordered video.
     for axis, lists in enumerate(cuts):

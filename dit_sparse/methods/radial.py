@@ -20,6 +20,7 @@ from dit_sparse.methods.bands import (
     round_to_blocks,
     round_to_tiles,
 )
+from dit_sparse.methods.lists import check_block_size
 from dit_sparse.methods.order import ImageTiles, image_tiles
 from dit_sparse.plan import BlockPlan
 
@@ -79,10 +80,7 @@ class Radial(Method):
                 f"decay_factor must be a number above 0, got {self.decay_factor}; "
                 "1 is the paper's, 0.2 the released code's for Wan 2.1"
             )
-        if not 1 <= self.block_size <= 1024:
-            raise StrategyError(
-                f"block_size must be a token count in [1, 1024], got {self.block_size}; try 128"
-            )
+        check_block_size(self.block_size)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Look up (or build, once per geometry) the plan; leave padded text keys out."""
@@ -94,6 +92,7 @@ class Radial(Method):
         return plan.with_keys(call.key_layout(self.block_size))
 
     def _video(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, None]:
+        layout = grid.layout(self.block_size)  # first: it refuses what is too large to plan
         kept = round_to_blocks(
             grid.frames,
             grid.frame_tokens,
@@ -102,7 +101,6 @@ class Radial(Method):
             majority=self.form == "released",
             sink=self.sink,
         )
-        layout = grid.layout(self.block_size)
         mask = _with_text(kept, grid.text_blocks(self.block_size))
         if bool(mask.all()):
             return BlockPlan.full(layout, layout).to(device), None

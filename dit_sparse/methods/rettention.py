@@ -15,7 +15,7 @@ import torch
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods import METHODS
-from dit_sparse.methods.lists import identity
+from dit_sparse.methods.lists import MAX_COUNT, check_count, check_share, identity
 from dit_sparse.methods.params import build_method
 from dit_sparse.plan import BlockPlan
 
@@ -63,7 +63,7 @@ class Rettention(Method):
         mask_params: Its params; those not given keep their defaults.
         refresh: Steps from one refresh to the next, >= 2; the paper has 5. Higher is faster and
             staler.
-        ramp: Added to the ratio with each sparse step, >= 0; the paper has 0.04, the ratio
+        ramp: Added to the ratio with each sparse step, 0 to 1; the paper has 0.04, the ratio
             drifts so. 0 freezes it.
         clamp: Whether the ratio stops at 1. The released code lets it pass.
         residual_dtype: What the residual is kept in; "same" as the model's.
@@ -97,10 +97,8 @@ class Rettention(Method):
         except StrategyError as error:
             raise StrategyError(f"mask_params: {error}") from error
         object.__setattr__(self, "mask_params", Params(self.mask_params))
-        if self.refresh < 2:
-            raise StrategyError(f"refresh must be a step count of at least 2, got {self.refresh}")
-        if not 0 <= self.ramp < float("inf"):
-            raise StrategyError(f"ramp must be a number from 0, got {self.ramp}; try 0.04")
+        check_count("refresh", self.refresh, (2, MAX_COUNT), 5)
+        check_share("ramp", self.ramp, zero=True, hint=0.04)
         if self.residual_dtype not in {"same", "float32", "bfloat16", "float16"}:
             raise StrategyError(
                 "residual_dtype must be 'same', 'float32', 'bfloat16' or 'float16', got "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
-from dit_sparse.methods.lists import check_block_size, check_share
+from dit_sparse.methods.lists import MAX_ENTRIES, check_block_size, check_count, check_share
 from dit_sparse.methods.order import patch_major
 from dit_sparse.plan import BlockPlan
 
@@ -99,6 +99,10 @@ class SparseVDiT(Method):
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        for name in ("patterns", "stripes", "frame_stripes"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                check_count(f"{name}: its length", len(value), (0, MAX_ENTRIES), 1)
         named = self.patterns if isinstance(self.patterns, tuple) else (self.patterns,)
         wrong = sorted(set(named).difference(PATTERNS))
         if wrong or not named:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from dit_sparse.call import Method
-from dit_sparse.errors import StrategyError
 from dit_sparse.methods.head_bands import (
     SPATIAL,
     TEMPORAL,
@@ -25,7 +24,9 @@ from dit_sparse.methods.head_bands import (
 )
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_count,
     check_refresh,
+    check_seed,
     check_share,
     identity,
     listed_plan,
@@ -67,7 +68,7 @@ class SVG(Method):
             480p). Higher is closer to dense and slower.
         sink: Every query keeps the first frame's keys, on top of ``density`` (videos only). The
             released code has it for Wan, not for HunyuanVideo and CogVideoX.
-        rows: Rows to judge by, >= 1; 64 in the released scripts (CogVideoX 32). More is surer
+        rows: Rows to judge by, 1 to 4096; 64 in the released scripts (CogVideoX 32). More is surer
             and costs as many dense rows, three times.
         refresh: Steps for which a choice lives, >= 1; SVG chooses on every step.
         seed: For the draw, from 0.
@@ -89,11 +90,9 @@ class SVG(Method):
     def __post_init__(self) -> None:
         """Check ranges."""
         check_share("density", self.density, zero=False, hint=0.3)
-        if self.rows < 1:
-            raise StrategyError(f"rows must be at least 1, got {self.rows}; try 64")
+        check_count("rows", self.rows, (1, 4096), 64)
         check_refresh(self.refresh)
-        if not 0 <= self.seed < 2**31:
-            raise StrategyError(f"seed must lie in [0, 2 ** 31), got {self.seed}")
+        check_seed(self.seed)
         check_block_size(self.block_size)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
@@ -116,6 +115,7 @@ class SVG(Method):
         grid, device = call.grid, call.query.device
 
         def build() -> HeadBands:
+            grid.check_blocks(self.block_size)
             width = band_width(grid, self.density)
             sink = self.sink and grid.frames > 1
             return head_bands(grid, self.block_size, width, sink=sink).to(device)

@@ -19,7 +19,14 @@ from dit_sparse.methods.clusters import (
     clustered_plan,
     merge_cluster_means,
 )
-from dit_sparse.methods.lists import check_block_size, check_refresh, check_share, identity
+from dit_sparse.methods.lists import (
+    check_block_size,
+    check_count,
+    check_refresh,
+    check_seed,
+    check_share,
+    identity,
+)
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -58,17 +65,17 @@ class SVG2(Method):
     GB for Wan 14B at 720p and each branch.
 
     Args:
-        query_clusters: Clusters of queries, >= 1. The released scripts have 300 (Wan 720p), 400
-            (HunyuanVideo 720p) and 200 (480p), the paper 100. More choose finer; blocks get
+        query_clusters: Clusters of queries, 1 to 4096. The released scripts have 300 (Wan 720p),
+            400 (HunyuanVideo 720p) and 200 (480p), the paper 100. More choose finer; blocks get
             shorter and the kernel slower.
-        key_clusters: Clusters of keys, >= 1; the scripts have 1000, the paper 500.
+        key_clusters: Clusters of keys, 1 to 4096; the scripts have 1000, the paper 500.
         top_p: Share of the weight to hold, in (0, 1]; 0.9 in the scripts. 1 keeps everything.
         floor: Share of key clusters that a query cluster keeps at least, in [0, 1]; 0.1 in the
             scripts, which bounds the density from below.
-        first_iterations: Of k-means on the first sparse call, >= 1; 50 in the scripts. For S
+        first_iterations: Of k-means on the first sparse call, 1 to 1000; 50 in the scripts. For S
             tokens they take 25 * (query_clusters + key_clusters) / S of a dense call's
             multiplications, once: 0.43 for Wan at 720p.
-        iterations: On every later choice, >= 1; 2 in the scripts (1.7 % of dense there).
+        iterations: On every later choice, 1 to 1000; 2 in the scripts (1.7 % of dense there).
         compensate: "none", or "cluster_mean": each dropped cluster is read as one key, its mean
             key and mean value with weight n_j, merged in fp32. Costs key_clusters keys per query;
             the plan's density does not count them. SVG-EAR's compensation, without its choice of
@@ -100,12 +107,10 @@ class SVG2(Method):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("query_clusters", "key_clusters", "first_iterations", "iterations"):
-            if getattr(self, name) < 1:
-                raise StrategyError(
-                    f"{name} must be at least 1, got {getattr(self, name)}; "
-                    f"try {type(self).__dataclass_fields__[name].default}"
-                )
+        check_count("query_clusters", self.query_clusters, (1, 4096), 300)
+        check_count("key_clusters", self.key_clusters, (1, 4096), 1000)
+        check_count("first_iterations", self.first_iterations, (1, 1000), 50)
+        check_count("iterations", self.iterations, (1, 1000), 2)
         check_share("top_p", self.top_p, zero=False, hint=0.9)
         check_share("floor", self.floor, zero=True, hint=0.1)
         if self.compensate not in {"none", "cluster_mean"}:
@@ -113,8 +118,7 @@ class SVG2(Method):
                 f"compensate must be 'none' or 'cluster_mean', got {self.compensate!r}"
             )
         check_refresh(self.refresh)
-        if not 0 <= self.seed < 2**31:
-            raise StrategyError(f"seed must lie in [0, 2 ** 31), got {self.seed}")
+        check_seed(self.seed)
         check_block_size(self.block_size)
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:
@@ -128,6 +132,7 @@ class SVG2(Method):
         """Cluster and choose, or reuse the last choice."""
         if self.top_p == 1 or self.floor == 1:  # nothing to choose
             return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
+        call.grid.check_blocks(self.block_size)
         state = call.state
         if state.get("for") != identity(call) or call.step < state["made"]:
             state.clear()

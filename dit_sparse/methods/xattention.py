@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_sparse.call import Method
-from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_count,
     check_refresh,
     check_share,
     reused_plan,
@@ -48,7 +48,8 @@ class XAttention(Method):
     Args:
         threshold: Share of the mass to hold, in (0, 1]; the paper has 0.9 and 0.95 for video
             models. Higher is closer to dense and slower; 1 keeps everything.
-        stride: Tokens in a run, >= 1; the paper has 8 for video. Higher is cheaper and coarser.
+        stride: Tokens in a run, 1 to 1024; the paper has 8 for video. Higher is cheaper and
+            coarser.
         floor: Share of video key blocks that a row keeps at least, in [0, 1]; one block is
             always kept.
         refresh: Steps for which a choice lives, >= 1; the paper chooses on every step. Higher is
@@ -71,8 +72,7 @@ class XAttention(Method):
     def __post_init__(self) -> None:
         """Check ranges."""
         check_share("threshold", self.threshold, zero=False, hint=0.9)
-        if self.stride < 1:
-            raise StrategyError(f"stride must be at least 1, got {self.stride}; try 8")
+        check_count("stride", self.stride, (1, 1024), 8)
         check_share("floor", self.floor, zero=True, hint=0.0)
         check_refresh(self.refresh)
         check_block_size(self.block_size)

@@ -324,7 +324,7 @@ def test_nan_in_the_queries_does_not_crash():
         ({"search_steps": (10.0, 30.0)}, "search_steps must hold ascending fractions"),
         ({"search_steps": (math.nan,)}, "search_steps must hold ascending fractions"),
         ({"recall_threshold": 2.0}, "recall_threshold must lie in"),
-        ({"block_size": 0}, "block_size must be a token count"),
+        ({"block_size": 0}, "block_size must be a whole number in .1, 1024."),
     ],
 )
 def test_bad_params(params, message):

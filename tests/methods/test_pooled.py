@@ -92,7 +92,7 @@ def test_another_shape_or_an_earlier_step_chooses_anew():
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5; try 0.9"),
         ({"floor": -0.1}, r"floor must lie in \[0, 1\], got -0.1"),
         ({"floor": math.nan}, r"floor must lie in \[0, 1\], got nan"),
-        ({"refresh": 0}, "refresh must be a step count of at least 1, got 0; try 1"),
+        ({"refresh": 0}, "refresh must be a whole number in .1, 1000000., got 0; try 1"),
         ({"block_size": 0}, r"block_size must be a token count in \[1, 1024\], got 0; try 128"),
     ],
 )

@@ -141,8 +141,8 @@ def test_nested_params_travel_and_are_hashable():
         ({"mask_params": {"decay": 1}}, "mask_params: unknown key 'decay'.*; radial takes: form"),
         ({"mask_params": {"decay_factor": 0}}, "mask_params: decay_factor must be .* above 0"),
         ({"mask_params": 3}, "mask_params: .*dict.*got 3|mask_params: .*object.*got 3"),
-        ({"refresh": 1}, "refresh must be a step count of at least 2, got 1"),
-        ({"ramp": -0.1}, "ramp must be a number from 0, got -0.1; try 0.04"),
+        ({"refresh": 1}, "refresh must be a whole number in .2, 1000000., got 1"),
+        ({"ramp": -0.1}, "ramp must lie in .0, 1., got -0.1; try 0.04"),
         ({"residual_dtype": "int8"}, "residual_dtype: .*'same'.*got 'int8'"),
     ],
 )

@@ -257,8 +257,8 @@ def test_planning_never_reads_the_device():
     [
         ({"density": 0.0}, r"density must lie in \(0, 1\], got 0.0; try 0.3"),
         ({"density": math.nan}, r"density must lie in \(0, 1\], got nan"),
-        ({"rows": 0}, "rows must be at least 1, got 0; try 64"),
-        ({"refresh": 0}, "refresh must be a step count of at least 1, got 0"),
+        ({"rows": 0}, "rows must be a whole number in .1, 4096., got 0; try 64"),
+        ({"refresh": 0}, "refresh must be a whole number in .1, 1000000., got 0"),
         ({"seed": 2**31}, r"seed must lie in \[0, 2 \*\* 31\), got 2147483648"),
         ({"block_size": 2000}, r"block_size must be a token count in \[1, 1024\], got 2000"),
     ],

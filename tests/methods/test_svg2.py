@@ -288,14 +288,23 @@ def test_32k_tokens_are_planned_and_compensated_in_little_memory():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"query_clusters": 0}, "query_clusters must be at least 1, got 0; try 300"),
-        ({"key_clusters": -1}, "key_clusters must be at least 1, got -1; try 1000"),
-        ({"first_iterations": 0}, "first_iterations must be at least 1, got 0; try 50"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0; try 2"),
+        (
+            {"query_clusters": 0},
+            "query_clusters must be a whole number in .1, 4096., got 0; try 300",
+        ),
+        (
+            {"key_clusters": -1},
+            "key_clusters must be a whole number in .1, 4096., got -1; try 1000",
+        ),
+        (
+            {"first_iterations": 0},
+            "first_iterations must be a whole number in .1, 1000., got 0; try 50",
+        ),
+        ({"iterations": 0}, "iterations must be a whole number in .1, 1000., got 0; try 2"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0; try 0.9"),
         ({"floor": 1.5}, r"floor must lie in \[0, 1\], got 1.5; try 0.1"),
         ({"compensate": "mean"}, "compensate must be 'none' or 'cluster_mean', got 'mean'"),
-        ({"refresh": 0}, "refresh must be a step count of at least 1, got 0"),
+        ({"refresh": 0}, "refresh must be a whole number in .1, 1000000., got 0"),
         ({"seed": -1}, r"seed must lie in \[0, 2 \*\* 31\), got -1"),
         ({"block_size": 0}, r"block_size must be a token count in \[1, 1024\], got 0"),
     ],

@@ -114,9 +114,9 @@ def test_any_stride_runs_and_keeps_all_at_threshold_one(calls, block_size, strid
     ("params", "message"),
     [
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\], got 0.0; try 0.9"),
-        ({"stride": 0}, "stride must be at least 1, got 0; try 8"),
+        ({"stride": 0}, "stride must be a whole number in .1, 1024., got 0; try 8"),
         ({"floor": 1.1}, r"floor must lie in \[0, 1\], got 1.1"),
-        ({"refresh": 0}, "refresh must be a step count of at least 1, got 0; try 1"),
+        ({"refresh": 0}, "refresh must be a whole number in .1, 1000000., got 0; try 1"),
         ({"block_size": 2000}, r"block_size must be a token count in \[1, 1024\], got 2000"),
     ],
 )
