@@ -210,6 +210,8 @@ class SparseEngine:
             raise Decline(HERE.declined)
         if shape is None:
             raise Decline("the token grid of this pass is not known")
+        if min(query.shape) < 1 or min(shape[:3]) < 1:
+            raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
         grid = stage.family.grid(shape, query.shape[1])
         if grid.tokens != query.shape[1]:
             raise Decline(

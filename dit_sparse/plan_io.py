@@ -19,6 +19,9 @@ from dit_sparse.plan import BlockPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_SLOTS = 8_000_000  # a grid of MAX_TOKENS, padded
+MAX_LENGTH = 1024  # of a block, where the sequence is shorter
+MAX_CHECKED = 1 << 28  # slots over all samples and heads: 2 GiB while they are counted
 PLAN_FORMAT = "dit_sparse.plan/1"
 
 
@@ -91,6 +94,12 @@ def _check_layout(
         )
 
 
+def _check_room(key: str, value: int, most: int) -> None:
+    """Refuse numbers that no plan of a real model has, before memory for them is asked for."""
+    if not 1 <= value <= most:
+        raise PlanError(f"{key} must lie in [1, {most:,}], got {value!r:.40}")
+
+
 def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> None:
     """Write ``plan`` to ``path`` (safetensors); a file there is replaced whole or not at all."""
     numbers = {"format": PLAN_FORMAT, "complete": str(int(plan.complete))}
@@ -128,6 +137,8 @@ def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
         layouts = {}
         for name in ("q", "kv"):
             slots, longest, spread = (int(part) for part in numbers[name].split())
+            _check_room(f"{name}: slots", slots, MAX_SLOTS)
+            _check_room(f"{name}: max_length", longest, max(slots, MAX_LENGTH))
             starts, lengths = tensors.pop(f"{name}.starts"), tensors.pop(f"{name}.lengths")
             layouts[name] = BlockLayout(starts, lengths, slots, longest, bool(spread))
         if unknown := set(tensors) - known:
@@ -139,8 +150,12 @@ def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
         plan = BlockPlan(
             layouts["q"], layouts["kv"], **tensors, **counts, complete=numbers["complete"] == "1"
         )
+        for name in ("q_tokens", "kv_tokens"):
+            _check_room(name, counts[name] or 1, MAX_SLOTS)
+        slots = max(plan.q.slots, plan.kv.slots, plan.query_length, plan.key_length)
+        _check_room("batch x heads x slots", plan.batch * plan.heads * slots, MAX_CHECKED)
         plan.validate()
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
         if isinstance(error, PlanError | GeometryError) and str(path) not in str(error):
             raise PlanError(f"{path}: {error}") from error
         if isinstance(error, PlanError):

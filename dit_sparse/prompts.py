@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dit_sparse.errors import PromptsError
+from dit_sparse.reading import control_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,9 @@ def read_prompt_file(path: Path) -> tuple[str, ...]:
         reason = getattr(error, "strerror", None) or error
         raise PromptsError(f"{path!s:.200}: cannot be read: {reason}") from error
     found = [line.partition("#")[0].strip() for line in lines]
-    if any("\0" in line for line in found):
-        raise PromptsError(f"{path}: not a text file")
+    for number, line in enumerate(found, 1):
+        if (mark := control_in(line)) is not None:
+            raise PromptsError(
+                f"{path}: line {number}: control character {mark} in a prompt; remove it"
+            )
     return tuple(line for line in found if line)

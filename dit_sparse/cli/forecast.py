@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dit_sparse.cli.console import ERR, OUT, Debug, UserError, first_line, styled
 from dit_sparse.cli.source import SampleDefaults, local_folder
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from dit_sparse.forecast import Forecast, MethodForecast
@@ -168,12 +169,12 @@ def _config(name: str, folder: Path | None, part: str) -> dict[str, Any] | None:
     path = None if folder is None else folder / part / "config.json"
     try:
         if path is None:
-            from huggingface_hub import hf_hub_download
+            from dit_sparse.hub import fetch
 
-            path = Path(hf_hub_download(name, f"{part}/config.json"))
+            path = fetch(name, f"{part}/config.json")
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = load_json(path)
     except Exception as error:  # the network, the Hub, the file: what was named is wrong
         raise UserError(f"{name}: {part}/config.json: {first_line(error)}") from error
     return found
@@ -184,7 +185,7 @@ def _efficiency(path: Path) -> float:
     import statistics
 
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+        rows = load_json(path)["measurements"]
         return float(statistics.median(r["efficiency"] for r in rows if r["efficiency"]))
     except (OSError, ValueError, KeyError, TypeError, statistics.StatisticsError) as error:
         raise UserError(f"{path}: no file that bench wrote: {first_line(error)}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,7 @@ def _finish(atlas: Atlas, output: Path, name: str) -> None:
             f"{atlas.pictures.left_out} pictures were left out to keep the page small."
         )
     poster = draw_poster(atlas)
+    name = re.sub(r"[^\w.+ -]", "_", name).lstrip(".")[:100] or "map"  # of others: no path
     folder = output.suffix == "" or output.is_dir()
     if folder:
         try:

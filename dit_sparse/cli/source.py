@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_sparse.cli.console import ERR, UserError, first_line
 from dit_sparse.cli.lora import merge_loras
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +91,7 @@ class SampleDefaults(BaseModel):
         if not path.is_file():
             return cls()
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")), strict=True)
+            return cls.model_validate(load_json(path), strict=True)
         except ValidationError as error:
             found = error.errors()[0]
             key = ".".join(map(str, found["loc"])) or "content"
@@ -136,6 +137,11 @@ def local_folder(model: str) -> Path | None:
             return path
         if path.exists():
             raise UserError(f"{model}: is a file; a Diffusers pipeline folder was wanted")
+        first = Path(model.partition("/")[0])
+        if "/" in model and first.is_dir():  # the Hub is not asked for what looks like a path
+            near = get_close_matches(path.name, [p.name for p in first.iterdir()], n=1)
+            hint = f"; did you mean {first / near[0]}?" if near else ""
+            raise UserError(f"{model}: no such folder in {first}{hint}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):
         raise UserError(
             f"{model!r:.200}: no such folder, and not the form of a Hub id (owner/name)"
@@ -149,6 +155,8 @@ def load(model: str, device: str, dtype: torch.dtype, loras: Sequence[Lora] = ()
     import transformers
     from diffusers.pipelines import pipeline_utils
 
+    from dit_sparse.hub import fetch
+
     key = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
     if local_folder(model) is not None:  # nothing to wait for but the disk: one line is enough
         diffusers.utils.logging.disable_progress_bar()
@@ -159,8 +167,10 @@ def load(model: str, device: str, dtype: torch.dtype, loras: Sequence[Lora] = ()
     try:
         with status, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            if local_folder(model) is None:
+                fetch(model, "model_index.json")  # a wrong name is told without retries
             pipe = diffusers.DiffusionPipeline.from_pretrained(
-                str(local_folder(model) or model), **{key: dtype}
+                str(local_folder(model) or model), use_safetensors=True, **{key: dtype}
             )
             merge_loras(pipe, loras)
             return pipe.to(device)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from dit_sparse.cli.console import ERR, OUT, Debug, UserError, guarded, progress, styled
+from dit_sparse.cli.console import (
+    ERR,
+    OUT,
+    Debug,
+    UserError,
+    first_line,
+    guarded,
+    progress,
+    styled,
+)
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from dit_sparse.quality.vbench import Results
@@ -43,14 +53,16 @@ def export(
 
     items, arms = [], set()
     for path in sorted((evaluation / "pairs").glob("*/*.json")):
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = _read(path, "arm", "file", "prompt", "seed")
         arms.add(told["arm"])
         if told["arm"] == arm:
-            items.append(Item(path.parent / told["file"]["exact"], told["prompt"], told["seed"]))
+            # Only the name: a file of others must not lead out of the folder.
+            exact = path.parent / Path(str(told["file"].get("exact"))).name
+            items.append(Item(exact, told["prompt"], told["seed"]))
     if not items:
         known = f"there are: {', '.join(sorted(arms))}" if arms else "it has no finished clips"
         raise UserError(f"{evaluation}: no clips of {arm!r:.100}; {known}")
-    setup = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+    setup = _read(evaluation / "evaluation.json", "model", "call")
     settings = {"model": setup["model"], "arm": arm, "call": setup["call"]}
     with progress() as bars:
         task = bars.add_task("exporting", total=len(items))
@@ -60,6 +72,18 @@ def export(
     OUT.print(f"{len(made['files'])} clips for {made['suite']} in {output}")
     if not made["named_by_prompt"]:
         OUT.print("Some prompts do not fit a file name: use custom input, which 'run' does.")
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a file of an evaluation, which must have these keys."""
+    try:
+        found = load_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+    lacks = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if lacks or not isinstance(found.get("file", {}), dict):
+        raise UserError(f"{path}: not a file that evaluate wrote: no {', '.join(lacks) or 'file'}")
+    return dict(found)
 
 
 def run(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dit_sparse.distill.config import read_config
 from dit_sparse.errors import DitSparseError
+from dit_sparse.reading import visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         if accelerator.is_main_process:
             sys.stderr.write(f"result: {result}\n")
     except DitSparseError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {visible(str(error))}\n")
         return 1
     return 0
 

@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.grid import Renoise
 from dit_sparse.distill.losses import CriticWeight, StudentWeight
+from dit_sparse.reading import load_text, refuse_controls
 from dit_sparse.strategy import Strategy
+
+MAX_CONFIG = 2**20  # bytes of a config file, which has a few thousand
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -268,9 +271,12 @@ def read_config(path: Path) -> Config:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml.safe_load(load_text(path, MAX_CONFIG))
+        refuse_controls(data)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise DistillError(f"{path}: cannot be read: {error}") from error
+    except RecursionError as error:
+        raise DistillError(f"{path}: nested too deeply for a config") from error
     if not isinstance(data, dict):
         raise DistillError(f"{path}: wanted keys and values, got {type(data).__name__}")
     try:

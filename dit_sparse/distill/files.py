@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dit_sparse.distill.errors import DistillError
+from dit_sparse.reading import refuse_controls
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,6 +57,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+            refuse_controls(notes)
             return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise DistillError(f"{path}: cannot be read: {error}; delete it") from error

@@ -9,7 +9,6 @@ model with its adapters on tensors without data.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from dit_sparse.forecast import ATTENTION_RATE, EFFICIENCY, OTHER_RATE, PLANNING
 from dit_sparse.forecast import forecast as forecast_sampling
 from dit_sparse.pipelines.known import KNOWN_MODELS
 from dit_sparse.pipelines.size import model_size
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from dit_sparse.distill.config import Config
@@ -264,6 +264,7 @@ def _model_config(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
             f"{', '.join(KNOWN_MODELS)}"
         )
     vae = folder / "vae" / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")), (
-        json.loads(vae.read_text(encoding="utf-8")) if vae.is_file() else None
-    )
+    try:
+        return load_json(path), load_json(vae) if vae.is_file() else None
+    except (OSError, ValueError) as error:
+        raise DistillError(f"model: {name}: its configs cannot be read: {error}") from error

@@ -31,7 +31,9 @@ def load_pipeline(config: Config) -> Any:
     key = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
     diffusers.utils.logging.disable_progress_bar()
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(config.model, **{key: dtype})
+        return diffusers.DiffusionPipeline.from_pretrained(
+            config.model, use_safetensors=True, **{key: dtype}
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistillError(f"model: {config.model}: cannot be loaded: {first}") from error

@@ -13,6 +13,7 @@ from dit_sparse._version import __version__
 from dit_sparse.inspect.colours import COLOURS, RAMPS
 from dit_sparse.inspect.script import CSS, SCRIPT
 from dit_sparse.quality.report.style import CSS as COMMON
+from dit_sparse.reading import visible
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -121,7 +122,11 @@ def _no_attention(atlas: Atlas) -> str:
 def _template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    return Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    ).from_string(PAGE)
 
 
 def _inline(data: dict[str, Any]) -> Markup:

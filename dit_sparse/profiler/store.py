@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.profiler.errors import ProfileError
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SETUP = "setup.json"
+MAX_BYTES = 512 * 2**20  # a unit holds every head, candidate and band of a model
 
 
 class Store:
@@ -70,7 +72,7 @@ class Store:
         """Read a file; None: it is not there."""
         path = self.folder / name
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = load_json(path, MAX_BYTES)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -8,7 +8,9 @@ is wanted, a frame at a time.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 PICTURES = {".png", ".bmp", ".tif", ".tiff", ".ppm", ".jpg", ".jpeg", ".webp"}
 LOSSY_PICTURES = {".jpg", ".jpeg", ".webp"}
 VIDEOS = {".mp4", ".mkv", ".gif", ".mov", ".webm", ".avi", ".m4v"}
+MAX_UNPACKED = 4 * 2**30  # bytes of an .npz's array: 20 s of 720p video in float32
 SLACK = 1e-3  # a float this far outside [0, 1] is rounding, and clipped
 WANTED = (
     "a clip is an array or tensor [frames, height, width, 3] (or [frames, 3, height, width]), "
@@ -163,7 +166,8 @@ def _from_pictures(
         try:
             with Image.open(path) as picture:
                 return _frame_array(picture, str(path))
-        except (OSError, SyntaxError) as error:  # Pillow says SyntaxError of a broken PNG
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            # Pillow says SyntaxError of a broken PNG.
             raise QualityInputError(f"{path}: not a picture that can be read: {error}") from error
 
     sizes = {path: load(path).shape[:2] for path in paths}  # decodes each: damage is found here
@@ -270,12 +274,33 @@ def _load_numpy(path: Path) -> NDArray[Any]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive)
             key = names[0] if len(names) == 1 else "frames"
+            _check_unpacked(archive.zip, f"{key}.npy")
             array = archive[key]
             return array
     except Exception as error:  # zip, header and pickle errors of many kinds
         raise QualityInputError(
             f"{path}: not readable as numpy's format, one array, or one called frames: {error}"
         ) from error
+
+
+def _check_unpacked(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise ``ValueError`` where an array would take too much memory, before any is asked for."""
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = header(file)
+    asked = math.prod(shape) * dtype.itemsize
+    if max(asked, size) > MAX_UNPACKED:
+        raise ValueError(
+            f"{name} unpacks to {max(asked, size) / 2**30:,.1f} GiB, at most "
+            f"{MAX_UNPACKED / 2**30:g} GiB are read; save it as .npy, which is read in place"
+        )
+    if asked > size:
+        raise ValueError(f"{name} says it holds {asked:,} bytes, it has {size:,}")
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

@@ -121,7 +121,9 @@ def load_extractor(model: Model, folder: Path, device: str = "cpu") -> Extract:
 
     name = "ViTModel" if model == "dino" else "CLIPVisionModelWithProjection"
     try:
-        network: Any = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+        network: Any = getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
     except Exception as error:  # whatever is wrong here is wrong with the folder
         raise QualityInputError(
             f"{folder}: cannot be loaded as {name}: {str(error).splitlines()[0]}"

@@ -23,6 +23,7 @@ from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Generator, Job, Ma
 from dit_sparse.quality.files import plain, replace_text
 from dit_sparse.quality.record import store
 from dit_sparse.quality.report import write_comparison
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ class Store:
         """Give an arm's facts where it is finished and its file is what it was; else None."""
         try:
             path = self.folder(job) / f"{arm}.json"
-            told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            told: dict[str, Any] = load_json(path)
             exact = self.folder(job) / told["file"]["exact"]
             same = told["fingerprint"] == setup.fingerprint(arm, job)
             return told if same and file_hash(exact) == told["file"]["sha256"] else None
@@ -84,7 +85,7 @@ def open_store(root: Path, setup: Setup, *, overwrite: bool) -> Store:
     path, told = root / SETUP, setup.as_dict()
     if path.exists() and not overwrite:
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = load_json(path)
         except (OSError, ValueError) as error:
             raise QualityInputError(f"{path}: cannot be read: {error}; add --overwrite") from error
         now = plain(told)
@@ -132,7 +133,7 @@ def measure(setup: Setup, place: Store, job: Job, arm: str) -> dict[str, Any]:
     )
     page = folder / f"vs-{arm}"
     try:
-        before = json.loads((page / "report.json").read_text(encoding="utf-8"))
+        before = load_json(page / "report.json")
         same = before["context"]["asked"] == hashlib.sha256(asked.encode()).hexdigest()
         rows = before["metrics"].items()
         if same and not now_there(name for name, row in rows if "skipped" in row["status"]):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dit_sparse.quality.report.charts import number
 from dit_sparse.quality.report.comparison import shown
+from dit_sparse.reading import visible
 
 if TYPE_CHECKING:
     from dit_sparse.quality.compare import Comparison
@@ -37,7 +38,7 @@ def comparison(found: Comparison) -> str:
 
 def escape(text: str) -> str:
     """Keep a text from being read as Markdown or HTML, on one line."""
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     for mark in "\\`*_[]<>|#":
         line = line.replace(mark, f"\\{mark}")
     return line

@@ -6,6 +6,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from dit_sparse.reading import visible
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -152,4 +154,9 @@ def environment() -> Environment:
         "comparison.html": comparison.PAGE,
         "evaluation.html": evaluation.PAGE,
     }
-    return Environment(loader=DictLoader(pages), autoescape=True, undefined=StrictUndefined)
+    return Environment(
+        loader=DictLoader(pages),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )

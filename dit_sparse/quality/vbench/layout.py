@@ -18,6 +18,7 @@ from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.files import write_json
 from dit_sparse.quality.record import DEFAULT_FPS, write_preview
 from dit_sparse.quality.vbench.dimensions import LONG_SECONDS
+from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,11 +128,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         QualityInputError: No manifest, or files are missing.
     """
-    import json
-
     path = folder / MANIFEST
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = load_json(path)
         files = found["files"]
     except (OSError, ValueError, KeyError) as error:
         raise QualityInputError(

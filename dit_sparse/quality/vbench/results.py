@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.vbench.dimensions import DIMENSIONS
+from dit_sparse.reading import MAX_BYTES, load_text, refuse_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -113,8 +114,9 @@ def read_results(path: str | Path) -> Results:
         found += 1
         try:
             told = json.loads(text)  # reads the bare NaN that VBench writes
+            refuse_controls(told)
             items = {key: value for key, value in told.items() if key in DIMENSIONS}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise QualityInputError(f"{name}: not VBench's results: {error}") from error
         for key, value in items.items():
             score = _entry(name, key, value)
@@ -157,13 +159,20 @@ def _texts(place: Path) -> Iterator[tuple[str, str]]:
     try:
         if place.is_dir():
             for path in sorted(place.rglob(f"*{ENDING}")):
-                yield str(path), path.read_text(encoding="utf-8")
+                yield str(path), load_text(path)
         elif place.suffix == ".zip":
             with zipfile.ZipFile(place) as archive:
-                for name in sorted(archive.namelist()):
+                for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+                    name = entry.filename
                     if name.endswith(".json") and "full_info" not in name:
-                        yield f"{place}:{name}", archive.read(name).decode()
+                        yield f"{place}:{name}", _unpacked(archive, entry)
         else:
-            yield str(place), place.read_text(encoding="utf-8")
-    except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+            yield str(place), load_text(place)
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
         raise QualityInputError(f"{place}: cannot be read: {error}") from error
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> str:
+    if entry.file_size > MAX_BYTES:
+        raise ValueError(f"{entry.filename} is too large: {entry.file_size:,} bytes")
+    return archive.read(entry).decode()
