@@ -243,13 +243,13 @@ def test_a_pipeline_from_the_hub_brings_its_strategy(server, monkeypatch):
     server.repositories["lab/wan"].files["main"][CONFIG_NAME] = FAST.to_json().encode()
     fetched = []
 
+    ours = hub.fetch
+
     def fetch(repo_id, filename, **options):
         fetched.append((repo_id, filename, options))
-        return huggingface_hub.file_download.hf_hub_download(
-            repo_id, filename, **options, **server.options
-        )
+        return ours(repo_id, filename, **options, **server.options)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "fetch", fetch)
     pipe, _ = tiny.wan()
     pipe.register_to_config(_name_or_path="lab/wan")
     with dit_sparse.sparse_attention(pipe) as handle:
