@@ -48,10 +48,13 @@ def parse(name: str) -> Address | None:
 
 
 def means_a_file(name: str) -> bool:
-    """Say whether a name can only be a local path: its first part is a folder here, or a dot."""
+    """Say whether a name can be a path: its first part is a folder here, or begins with a dot.
+
+    A name with a revision (``owner/name@main``) is the Hub's.
+    """
     first = name.partition("/")[0]
     try:
-        return first.startswith((".", "~")) or Path(first).is_dir()
+        return "@" not in name and (first.startswith((".", "~")) or Path(first).is_dir())
     except (OSError, ValueError):  # too long or odd to be a path
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.cli.console import UserError, first_line
@@ -73,7 +74,11 @@ def merge_loras(pipe: Any, loras: Sequence[Lora]) -> None:
 
 
 def _merge(pipe: Any, one: Lora) -> None:
+    from dit_sparse.hub import means_a_file
+
     name = type(pipe).__name__
+    if means_a_file(one.source) and not Path(one.source).exists():
+        raise UserError(f"--lora {one.source}: no such file or folder")
     try:
         pipe.load_lora_weights(one.source, adapter_name="merged", use_safetensors=True)
     except Exception as error:  # whatever is wrong here is wrong with what was named
