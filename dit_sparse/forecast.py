@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_sparse.call import AttentionCall
+from dit_sparse.errors import GeometryError
+from dit_sparse.grid import MAX_TOKENS
 from dit_sparse.kernels.planning import Planning
 from dit_sparse.nbytes import nbytes
 
@@ -242,6 +244,11 @@ def forecast_method(
     name: str, method: Method, size: ModelSize, num_steps: int, batch: int = 1
 ) -> MethodForecast:
     """Play a method's calls on tensors without data; a static mask is counted exactly."""
+    if size.grid.tokens > MAX_TOKENS:
+        raise GeometryError(
+            f"{size.grid} are {size.grid.tokens:,} tokens, at most {MAX_TOKENS:,} are planned "
+            "for; forecast a smaller size"
+        )
     state, shared, reads_content = _play(method, size, num_steps, batch)
     density: float | None = None
     exact = not reads_content

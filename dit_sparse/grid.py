@@ -183,6 +183,8 @@ class LatentsGrid:
 
     def check_blocks(self, block_size: int) -> None:
         """Raise ``GeometryError`` where blocks of this size are too many to plan."""
+        if block_size < 1:
+            raise GeometryError(f"block_size must be at least 1, got {block_size}")
         blocks = sum(-(-part // block_size) for part in (self.video_tokens, self.text_length))
         check_blocks(blocks, f"block_size {block_size}", self)
 
@@ -200,8 +202,8 @@ class LatentsGrid:
             text_valid: Text tokens that are not padding, int ``[batch]``; padding stands at the
                 end of the text and is left out of the blocks. None: all are valid.
         """
-        video, text = self.block_lengths(block_size)
         self.check_blocks(block_size)
+        video, text = self.block_lengths(block_size)
         lengths = text + video if self.text_first else video + text
         layout = BlockLayout.from_lengths(lengths, device)
         if text_valid is None or not text:
@@ -221,8 +223,8 @@ class LatentsGrid:
 
     def text_blocks(self, block_size: int, device: torch.device | str | None = None) -> Tensor:
         """Mark which blocks of ``layout(block_size)`` hold text: bool ``[blocks]``."""
-        video, text = self.block_lengths(block_size)
         self.check_blocks(block_size)
+        video, text = self.block_lengths(block_size)
         mark = [False] * len(video)
         marks = [True] * len(text) + mark if self.text_first else mark + [True] * len(text)
         return torch.tensor(marks, dtype=torch.bool, device=device)

@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import shutil
 import socket
 import time
 import zipfile
@@ -418,3 +419,36 @@ def test_an_empty_batch_of_a_pipeline_fails_as_it_does_without_us():
     pipe.enable_sparse_attention("pooled")
     with pytest.raises(RuntimeError, match=re.escape(str(plain.value))):
         tiny.run(pipe, none)
+
+
+# Sizes of a model's own files.
+
+
+def model_folder(path, **sizes):
+    config = {"_class_name": "WanTransformer3DModel", "num_layers": 2, **sizes}
+    (path / "transformer").mkdir(parents=True)
+    (path / "transformer" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (path / "model_index.json").write_text("{}", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("sizes", [{"num_layers": 10**9}, {"num_attention_heads": 10**9}])
+def test_sizes_in_a_models_config_are_bounded(tmp_path, sizes):
+    folder = model_folder(tmp_path / "model", **sizes)
+    refused(run("forecast", folder), next(iter(sizes)), "at most 4096")
+
+
+def test_a_models_config_with_escapes_is_refused(tmp_path):
+    folder = model_folder(tmp_path / "model", _class_name="Wan\x1b[2JTransformer3DModel")
+    refused(run("forecast", folder), "control character")
+
+
+def test_weights_in_pickle_form_are_not_loaded(root, tmp_path):
+    """Only safetensors: a pickle could hold code, whoever reads it."""
+    folder = tmp_path / "model"
+    shutil.copytree(root / "samples" / "wan-tiny", folder)
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    result = run("generate", folder, "a cat", "--strategy", "radial", "-o", tmp_path / "out")
+    refused(result, "cannot be loaded", "safetensors")

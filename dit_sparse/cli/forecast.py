@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dit_sparse.pipelines.size import ModelSize
     from dit_sparse.strategy import Strategy
 
+MOST = 4096  # layers, heads: the largest models have about a hundred of either
 EXAMPLES = (
     "dit-sparse forecast hunyuan-video --strategy radial",
     "dit-sparse forecast wan2.1-14b --height 480 --width 832 --density 0.25",
@@ -154,6 +155,11 @@ def read_model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
         raise UserError(
             f"{name}: transformer/config.json: has no _class_name, as diffusers writes"
         )
+    for key, value in config.items():
+        if isinstance(value, int) and value > MOST and ("layers" in key or "heads" in key):
+            raise UserError(
+                f"{name}: transformer/config.json: {key}: at most {MOST} are sized, got {value}"
+            )
     usual = family_by_name(config["_class_name"]).usual
     return KnownModel(
         config,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dit_sparse.profiler.table import Key, Row
     from dit_sparse.strategy import Strategy
 
+MOST = 10_000  # steps, layers, heads
 SUFFIX = ".measured"
 
 
@@ -87,6 +88,9 @@ def read_stored(folder: Path) -> Stored | None:
         if not units:
             return None
         about = units[0]["about"]
+        sizes = {key: about[key] for key in ("num_steps", "layers", "heads")}
+        if wrong := [f"{key} {n!r:.40}" for key, n in sizes.items() if not 1 <= n <= MOST]:
+            raise ValueError(f"{', '.join(wrong)}: wanted 1 to {MOST}")  # noqa: TRY301
         grid = LatentsGrid(*about["grid"])
         bands = Bands(tuple(setup["bands"]), setup["captures"])
         candidates = resolve(tuple(_wanted(text) for text in setup["candidates"]), grid)
