@@ -84,7 +84,7 @@ def main() -> None:
     settings = Settings(num_inference_steps=args.steps)
     call = settings.over(SampleDefaults.read(args.model)) | {"prompt": prompt}
     steps = {0, args.steps // 2, args.steps - 1}
-    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pipe = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     trained = Watch()
     observe_run(pipe, Strategy.single("dense"), call_of(pipe, call, 0), steps, trained)

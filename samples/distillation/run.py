@@ -79,7 +79,7 @@ def read_arguments() -> argparse.Namespace:
 
 def make_pipeline(model: Path, arm: Arm, output: Path, strategy: dict[str, Any]) -> Any:
     """Load the model as a user would."""
-    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     if arm.weights is not None:
         pipe.load_lora_weights(str(output / arm.weights / "result"))

@@ -63,7 +63,7 @@ class Maker:
     @cached_property
     def pipe(self) -> Any:
         """Load the model."""
-        pipe = DiffusionPipeline.from_pretrained(self.model)
+        pipe = DiffusionPipeline.from_pretrained(self.model, use_safetensors=True)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

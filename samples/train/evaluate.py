@@ -88,7 +88,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    pipeline = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype)
+    pipeline = DiffusionPipeline.from_pretrained(
+        args.pipeline, torch_dtype=dtype, use_safetensors=True
+    )
     pipeline.set_progress_bar_config(disable=True)
     told = json.loads((args.pipeline / "sample_defaults.json").read_text())
     settings = call_settings(told) | read_settings(args.set)

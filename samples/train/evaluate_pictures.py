@@ -88,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = DiffusionPipeline.from_pretrained(
-        args.pipeline, torch_dtype=getattr(torch, args.dtype)
+        args.pipeline, torch_dtype=getattr(torch, args.dtype), use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=True)
     told = json.loads((args.pipeline / "sample_defaults.json").read_text(encoding="utf-8"))

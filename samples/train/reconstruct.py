@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=128)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    vae = DiffusionPipeline.from_pretrained(args.pipeline).vae
+    vae = DiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True).vae
     space = LatentSpace.load(args.checkpoints / "latents.pt")
     errors = {"encoder + decoder": [], "exact latents + decoder": [], "linear map": []}
     for index in range(args.clips):

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=384)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    vae = AutoencoderKL.from_pretrained(args.pipeline, subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(args.pipeline, subfolder="vae", use_safetensors=True)
     space = PictureSpace.load(args.checkpoints / "latents.pt")
     errors: dict[str, list[float]] = {}
     for index in range(args.pictures):
