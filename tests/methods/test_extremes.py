@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -58,16 +60,15 @@ def of_type(hint):
 
 def params_for(name):
     """Draw one or two of a method's params: with all of them nearly every draw is refused."""
-    hints = typing.get_type_hints(method_class(name))
-    fields = {
-        field.name: of_type(hints[field.name]) for field in dataclasses.fields(method_class(name))
-    }
-    names = (
-        st.lists(st.sampled_from(sorted(fields)), max_size=2, unique=True)
-        if fields
-        else st.just([])
+    cls = method_class(name)
+    written = SimpleNamespace(__annotations__={f.name: f.type for f in dataclasses.fields(cls)})
+    hints = typing.get_type_hints(written, vars(sys.modules[cls.__module__]))
+    if not hints:
+        return st.just({})
+    names = st.lists(st.sampled_from(sorted(hints)), max_size=2, unique=True)
+    return names.flatmap(
+        lambda drawn: st.fixed_dictionaries({key: of_type(hints[key]) for key in drawn})
     )
-    return names.flatmap(lambda drawn: st.fixed_dictionaries({key: fields[key] for key in drawn}))
 
 
 class ReferenceOps(NaiveOps):
