@@ -105,7 +105,7 @@ def name_parts(library: Path) -> tuple[str, str, str]:
     return target, sources, content
 
 
-def libraries(folder: Path = LIBRARIES) -> list[Path]:
+def libraries(folder: Path) -> list[Path]:
     """List all libraries in a folder, whatever target or sources they are of."""
     return sorted(
         path
@@ -114,7 +114,7 @@ def libraries(folder: Path = LIBRARIES) -> list[Path]:
     )
 
 
-def build(folder: Path = LIBRARIES, target: Target | None = None) -> Path:
+def build(folder: Path | None = None, target: Target | None = None) -> Path:
     """Build the library for ``target`` (default: this machine) unless ``folder`` has it already.
 
     Compilers of this machine build for it alone; ziglang builds for every target.
@@ -126,6 +126,7 @@ def build(folder: Path = LIBRARIES, target: Target | None = None) -> Path:
         BuildError: None of the compilers could; ``folder/failed.txt`` has what they printed.
     """
     native = target is None
+    folder = folder or LIBRARIES
     try:
         target = target or this_target()
         library = _present(folder, target) or _compile(folder, target, native=native)
