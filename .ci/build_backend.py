@@ -9,6 +9,7 @@ and ``dit-sparse doctor`` gives the reason. A wheel for another platform (``bdis
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ class BuildNative(Command):
 
     def run(self) -> None:
         """Build; without a library the installation goes on, a wheel for another platform not."""
+        if not self.editable_mode:  # an earlier build's may be another platform's
+            shutil.rmtree(self._folder(), ignore_errors=True)
         try:
             native_build.build(self._folder(), self._target())
         except native_build.BuildError as error:
@@ -120,8 +123,8 @@ class BdistWheel(bdist_wheel):
     def finalize_options(self) -> None:
         """Hand the platform on to ``build_native`` where it is one that is cross-built."""
         asked = self.plat_name
+        self.distribution.has_ext_modules = lambda: True  # it holds a library: platlib
         super().finalize_options()
-        self.root_is_pure = False
         if asked in {target.wheel for target in native_build.TARGETS.values()}:
             self.distribution.get_command_obj("build_native").wheel_tag = asked
 

@@ -33,7 +33,7 @@ ZIGLANG = "ziglang==0.17.1"  # a C++ compiler in a wheel, for machines without o
 HOW = "install a C++ compiler, or `pip install ziglang`, then run `dit-sparse doctor --build`"
 COMPILERS = ("c++", "g++", "clang++", "cc")
 DIGITS = 12  # hexadecimal, of each digest in a file name
-TIMEOUT = 600  # seconds for one compiler run: a hanging compiler must not hang an installation
+TIMEOUT = 1800  # seconds for one compiler run: a hanging compiler must not hang an installation
 # Standard headers that the kernel uses: a compiler without them is none.
 PROBE = "#include <cmath>\n#include <cstdint>\n#include <cstring>\nint dit_sparse_probe;\n"
 
