@@ -21,7 +21,7 @@ from dit_sparse._version import __version__
 from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
 from dit_sparse.canary import check_kernel
 from dit_sparse.errors import NativeUnavailable
-from dit_sparse.kernels import native_library
+from dit_sparse.kernels import native, native_library
 from dit_sparse.pipelines import FAMILIES, MODELS
 from dit_sparse.strategy_io import shipped_names
 
@@ -73,7 +73,7 @@ class Native:
 
     Args:
         library: Its file; None where there is none that can be loaded.
-        instruction_sets: Those that it holds and this processor has.
+        instruction_sets: Those that it holds and this processor has, best first.
         reason: Why there is none, and how to build it; None where it was loaded.
     """
 
@@ -134,7 +134,7 @@ def native_state() -> Native:
         library = native_library.load()
     except NativeUnavailable as error:
         return Native(None, reason=str(error))
-    return Native(library._name, native_library.instruction_sets())  # noqa: SLF001  (ctypes has no other)
+    return Native(library._name, tuple(native.instruction_sets()))  # noqa: SLF001  (ctypes has no other)
 
 
 def _examine(name: str) -> Device:

@@ -16,7 +16,6 @@ from dit_sparse.kernels import native_build
 from dit_sparse.kernels.native_build import FAILED, HOW, BuildError, name_parts
 
 ABI_VERSION = 1  # of native/call.h
-INSTRUCTION_SETS = {1: "AVX2", 2: "AVX-512", 4: "NEON"}  # bits, as in native/main.cpp
 REBUILD = "build it again: `dit-sparse doctor --build`, or any make target in a checkout"
 
 
@@ -30,12 +29,6 @@ def load() -> ctypes.CDLL:
     if isinstance(library, str):
         raise NativeUnavailable(library)
     return library
-
-
-def instruction_sets() -> tuple[str, ...]:
-    """Name the instruction sets that the library holds and this processor has; raises as above."""
-    bits = load().dit_sparse_instruction_sets()
-    return tuple(name for bit, name in INSTRUCTION_SETS.items() if bits & bit)
 
 
 @cache

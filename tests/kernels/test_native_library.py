@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from dit_sparse import doctor
-from dit_sparse.errors import KernelError, NativeLibraryError
-from dit_sparse.kernels import native_build, native_library
+from dit_sparse.errors import KernelError, NativeUnavailable
+from dit_sparse.kernels import native, native_build, native_library
 
 SOURCE = """
 #include <cstdint>
@@ -64,7 +64,7 @@ def no_compiler(tmp_path, monkeypatch):
 def refused(words):
     """Load, in a cache of its own, and expect a reason with ``words``."""
     native_library._load.cache_clear()
-    with pytest.raises(NativeLibraryError, match=words) as raised:
+    with pytest.raises(NativeUnavailable, match=words) as raised:
         native_library.load()
     native_library._load.cache_clear()
     return str(raised.value)
@@ -85,8 +85,8 @@ def test_built_once_and_loaded(sources):
     written = library.stat().st_mtime_ns
     native_library._load.cache_clear()
     assert native_library.load() is native_library.load()
-    assert native_library.instruction_sets() == ("AVX2",)
-    assert doctor.native_state() == doctor.Native(str(library), ("AVX2",))
+    assert native.instruction_sets() == ["avx2"]
+    assert doctor.native_state() == doctor.Native(str(library), ("avx2",))
     assert native_build.build() == library
     assert library.stat().st_mtime_ns == written
     assert [path.name for path in (sources / "lib").iterdir()] == [library.name]
@@ -122,7 +122,7 @@ def test_missing(sources):
     text = refused("no native library for")
     assert str(sources / "lib") in text
     assert "dit-sparse doctor --build" in text
-    assert issubclass(NativeLibraryError, KernelError)
+    assert issubclass(NativeUnavailable, KernelError)
     found = doctor.native_state()
     assert (found.library, found.reason) == (None, text)
     native_library._load.cache_clear()
@@ -159,7 +159,7 @@ def test_other_sources(sources):
     new = native_build.build()
     assert native_build.libraries(sources / "lib") == [new]
     native_library._load.cache_clear()
-    assert native_library.instruction_sets() == ("NEON",)
+    assert native.instruction_sets() == ["neon"]
 
 
 @needs_compiler
