@@ -4,6 +4,7 @@
 #   make test    the whole test suite            make check   format, lint, types, the fast tests
 #   make bench   kernel speed on this machine    make lint    format, lint, types
 #   make fidelity   what every method costs in quality on the small models (hours on a CPU)
+#   make wheels  wheels for every platform, each with its native kernel, and the sdist, in dist
 #   make docs    the documentation as a site, in outputs/site (index.html opens from the disk)
 #   make clean   remove the environment
 #
@@ -22,14 +23,18 @@ MODELS ?= wan-tiny flux-tiny cogvideox-tiny pixart-tiny hunyuan-video-tiny
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# What an installation depends on: a change to one of them installs, and so compiles, anew.
+SOURCES := pyproject.toml dit_sparse/_version.py .ci/build_backend.py \
+	$(wildcard dit_sparse/kernels/native/*.cpp dit_sparse/kernels/native/*.h \
+		dit_sparse/kernels/native/*.json dit_sparse/kernels/native_build.py)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fidelity docs clean
+.PHONY: help demo test check lint bench fidelity wheels docs clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,13s/^# \{0,1\}//p' Makefile
+	@sed -n '3,14s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
@@ -59,13 +64,18 @@ fidelity: $(VENV)/.dev
 	@$(BIN)/python samples/fidelity/page.py
 	@$(BIN)/python samples/atlas/page.py
 
+# Compiled by ziglang, from PyPI (about 100 MB): one compiler for every platform.
+wheels: $(VENV)/.use
+	@$(PIP) install -e ".[wheels]"
+	@$(BIN)/python .ci/wheels.py
+
 # Strict: a link that leads nowhere, or a page that is in no menu, is an error.
 docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "outputs/site/index.html; with its search: $(BIN)/python -m http.server -d outputs/site"
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info dit_sparse/kernels/native/lib
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -88,17 +98,17 @@ $(VENV)/.torch: $(VENV)/.made
 	fi
 	@touch $@
 
-$(VENV)/.use: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
+$(VENV)/.use: $(SOURCES) | $(VENV)/.torch
 	@echo "Installing dit_sparse into $(VENV): the first time takes a minute or two"
 	@$(PIP) install -e .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
+$(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
 	@echo "Installing dit_sparse with its tests into $(VENV): the first time takes a minute or two"
 	@$(PIP) install -e ".[dev,quality,distill,docs]"
 	@touch $@ $(VENV)/.use
 
-$(VENV)/.docs: pyproject.toml dit_sparse/_version.py | $(VENV)/.torch
+$(VENV)/.docs: $(SOURCES) | $(VENV)/.torch
 	@echo "Installing dit_sparse and what builds its site into $(VENV): it takes a minute or two"
 	@$(PIP) install -e ".[docs]"
 	@touch $@ $(VENV)/.use

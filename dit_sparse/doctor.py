@@ -20,6 +20,8 @@ import torch
 from dit_sparse._version import __version__
 from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
 from dit_sparse.canary import check_kernel
+from dit_sparse.errors import NativeUnavailable
+from dit_sparse.kernels import native, native_library
 from dit_sparse.pipelines import FAMILIES, MODELS
 from dit_sparse.strategy_io import shipped_names
 
@@ -66,6 +68,21 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Native:
+    """The library of the native CPU kernel.
+
+    Args:
+        library: Its file; None where there is none that can be loaded.
+        instruction_sets: Those that it holds and this processor has, best first.
+        reason: Why there is none, and how to build it; None where it was loaded.
+    """
+
+    library: str | None
+    instruction_sets: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """All that ``dit-sparse doctor`` says."""
 
@@ -73,6 +90,7 @@ class Diagnosis:
     devices: tuple[Device, ...]
     models: tuple[str, ...]
     strategies: tuple[str, ...]
+    native: Native
     problems: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,7 +123,18 @@ def diagnose() -> Diagnosis:
     problems = [problem for device in devices for problem in _problems(device)]
     problems += [problem for problem in (_torchvision(), _ffmpeg()) if problem]
     models = tuple(sorted({*FAMILIES, *MODELS}))
-    return Diagnosis(environment(), devices, models, shipped_names(), tuple(problems))
+    return Diagnosis(
+        environment(), devices, models, shipped_names(), native_state(), tuple(problems)
+    )
+
+
+def native_state() -> Native:
+    """Load the native CPU kernel's library, or find out why it cannot be loaded."""
+    try:
+        library = native_library.load()
+    except NativeUnavailable as error:
+        return Native(None, reason=str(error))
+    return Native(library._name, tuple(native.instruction_sets()))  # noqa: SLF001  (ctypes has no other)
 
 
 def _examine(name: str) -> Device:

@@ -10,6 +10,7 @@ __all__ = [
     "DitSparseError",
     "GeometryError",
     "KernelError",
+    "NativeUnavailable",
     "PlanError",
     "PromptsError",
     "StrategyError",
@@ -47,3 +48,7 @@ class GeometryError(DitSparseError, ValueError):
 
 class KernelError(DitSparseError, RuntimeError):
     """A kernel cannot run this call, or failed its check against the reference."""
+
+
+class NativeUnavailable(KernelError):  # noqa: N818  (a state of the machine, not a mistake)
+    """The compiled CPU kernel is missing, damaged, of another version or for another machine."""

@@ -15,10 +15,17 @@ from dit_sparse.cli.console import ERR, OUT, Debug, styled
 if TYPE_CHECKING:
     from dit_sparse.doctor import Device, Diagnosis, Kernel
 
-EXAMPLES = ("dit-sparse doctor", "dit-sparse doctor --json > machine.json")
+EXAMPLES = (
+    "dit-sparse doctor",
+    "dit-sparse doctor --build",
+    "dit-sparse doctor --json > machine.json",
+)
 
 
 def run(
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the native CPU kernel first.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON, for a bug report.")
     ] = False,
@@ -28,6 +35,8 @@ def run(
 
     Each kernel that can run is checked against the reference on a small problem.
     """
+    if build:
+        _build()
     with ERR.status("looking around, checking kernels"):
         from dit_sparse.doctor import diagnose
 
@@ -37,6 +46,19 @@ def run(
     else:
         _show(found)
     raise typer.Exit(1 if found.problems else 0)
+
+
+def _build() -> None:
+    from dit_sparse.errors import NativeUnavailable
+    from dit_sparse.kernels import native_build
+
+    with ERR.status("building the native CPU kernel"):
+        try:
+            native_build.build()
+        except native_build.BuildError as error:
+            raise NativeUnavailable(
+                f"the native CPU kernel cannot be built: {error}\n{native_build.HOW}"
+            ) from error
 
 
 def _show(found: Diagnosis) -> None:
@@ -64,6 +86,9 @@ def _show(found: Diagnosis) -> None:
             table.add_row(kernel.name, _state(kernel, device))
         OUT.print(table)
         OUT.print()
+    native = found.native
+    loaded = f"{native.library} ({', '.join(native.instruction_sets) or 'no instruction set'})"
+    OUT.print(styled(("native", "bold"), f"      {native.reason or loaded}"))
     OUT.print(styled(("models", "bold"), f"      {ALL}"))
     OUT.print(styled(("strategies", "bold"), f"  {', '.join(found.strategies) or 'none'}"))
     for problem in found.problems:

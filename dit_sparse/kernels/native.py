@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-sparse attention on the CPU by compiled code, reached through ctypes (``native/*.cpp``).
+
+The whole plan contract in fp32, bf16 and fp16 (arithmetic in fp32), bit tiles included. Threads of
+this call take query blocks from one counter until none is left; while compiled code runs, Python's
+lock is free. Scratch memory is some hundred kilobytes a thread, whatever the length.
+
+Compiled code is for ordinary numbers: where a query, key or value that takes part is NaN,
+infinite or so large that sums could overflow, ``attend`` gives None and the torch kernel
+(``cpu.py``) is to compute the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import torch
+
+from dit_sparse.errors import KernelError, NativeUnavailable
+from dit_sparse.kernels import native_library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from dit_sparse.grid import BlockLayout
+    from dit_sparse.plan import BlockPlan
+
+HAS_BACKWARD = False
+EXP_ERROR = 2 * 2.0**-22  # relative error of an exponential, 2e-7, and of its argument's rounding
+ABI_VERSION = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INSTRUCTION_SETS = {"avx2": 1, "avx512": 2, "neon": 4, "wide": 8}  # bits, best last but for wide
+BEST_FIRST = ("avx512", "avx2", "neon")
+WORTH_A_THREAD = 2e7  # multiply-adds: a millisecond, several times what starting a thread takes
+DONE, NOT_FINITE, NO_MEMORY = 0, 1, 2
+
+_Pointer, _Long, _Int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Call(ctypes.Structure):
+    """``struct Call`` of ``native/call.h``, field by field."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("query", "key", "value", "output", "lse", "mass")),
+        *((f"{name}_strides", _Long * 3) for name in ("query", "key", "value", "output")),
+        *((name, _Long) for name in ("batch", "heads", "tokens", "head_dim")),
+        *((name, _Long) for name in ("q_blocks", "kv_blocks", "cap", "q_slots", "kv_slots")),
+        *((name, _Long) for name in ("tile_rows", "tile_words")),
+        *(
+            (f"{name}_lead", _Long * 2)
+            for name in ("q", "kv", "list", "q_permutation", "kv_permutation", "weight")
+        ),
+        *((name, _Pointer) for name in ("q_starts", "q_lengths", "kv_starts", "kv_lengths")),
+        *((name, _Pointer) for name in ("kv_indices", "kv_num_blocks", "partial", "tiles")),
+        *((name, _Pointer) for name in ("q_permutation", "kv_permutation", "log_weight")),
+        ("order", _Pointer),
+        ("next", _Long),
+        ("dtype", _Int),
+        ("stop", _Int),
+        ("scale", ctypes.c_float),
+        ("only_mass", _Int),
+    )
+
+
+def instruction_sets() -> list[str]:
+    """Name the instruction sets that the library holds and this processor has, best first."""
+    found = native_library.load().dit_sparse_instruction_sets()
+    return [name for name in BEST_FIRST if found & INSTRUCTION_SETS[name]]
+
+
+def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
+    """Say why this kernel cannot run the call, a reason a line; empty: it can."""
+    del plan
+    reasons = []
+    if query.device.type != "cpu":
+        return [f"runs on the CPU, query is on {query.device}"]
+    if query.dtype not in DTYPES:
+        reasons.append(f"computes {', '.join(map(str, DTYPES))}, query is {query.dtype}")
+    try:
+        if not instruction_sets():
+            reasons.append(f"needs one of {', '.join(BEST_FIRST)}, which this processor has not")
+    except NativeUnavailable as error:
+        reasons.append(str(error))
+    return reasons
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Attend each query to the keys that its plan keeps.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``, any strides.
+        key: ``[batch, kv_seq_len, heads, head_dim]``.
+        value: Like ``key``.
+        plan: Which blocks each query block reads; on the CPU.
+        scale: Multiplies the scores before softmax.
+        instruction_set: One of ``INSTRUCTION_SETS``, for tests; the best where None.
+
+    Returns:
+        Output like ``query``; LSE fp32 ``[batch, heads, seq_len]``, natural log; 0 and -inf where
+        a query keeps nothing. None: some number is not finite, or beyond 2^57 in size.
+    """
+    query, key, value = (_rows(x.detach()) for x in (query, key, value))
+    batch, tokens, heads, head_dim = query.shape
+    output = query.new_zeros((batch, tokens, heads, head_dim))
+    lse = torch.full((batch, heads, tokens), -torch.inf)
+    held: list[Tensor] = [query, key, value, output, lse]
+    call = _Call(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+        None,
+        *((_Long * 3)(*x.stride()[:3]) for x in (query, key, value, output)),
+        *query.shape[:1],
+        heads,
+        tokens,
+        head_dim,
+    )
+    call.dtype, call.scale = DTYPES[query.dtype], scale
+    _lay_out(call, plan, held)
+    return (output, lse) if _run(call, plan, instruction_set) else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _lay_out(call: _Call, plan: BlockPlan, held: list[Tensor]) -> None:
+    """Put a plan's tensors into a call; what is copied for it is added to ``held``."""
+
+    def put(name: str, tensor: Tensor | None, lead: str | None = None) -> None:
+        if tensor is None:
+            if lead is not None:
+                setattr(call, lead, (1, 1))
+            return
+        tensor = tensor.contiguous()
+        held.append(tensor)
+        setattr(call, name, tensor.data_ptr())
+        if lead is not None:
+            setattr(call, lead, tuple(tensor.shape[:2]))
+
+    call.q_blocks, call.kv_blocks = plan.q.blocks, plan.kv.blocks
+    call.cap, call.q_slots, call.kv_slots = plan.kv_indices.shape[-1], plan.q.slots, plan.kv.slots
+    put("q_starts", plan.q.starts, "q_lead")
+    put("q_lengths", plan.q.lengths)
+    put("kv_starts", plan.kv.starts, "kv_lead")
+    put("kv_lengths", plan.kv.lengths)
+    put("kv_indices", plan.kv_indices, "list_lead")
+    put("kv_num_blocks", plan.kv_num_blocks)
+    put("q_permutation", plan.q_permutation, "q_permutation_lead")
+    put("kv_permutation", plan.kv_permutation, "kv_permutation_lead")
+    put("log_weight", plan.kv_log_weight, "weight_lead")
+    if plan.partial is not None and plan.tiles is not None and len(plan.tiles):
+        put("partial", plan.partial)
+        put("tiles", plan.tiles)
+        call.tile_rows, call.tile_words = plan.tiles.shape[1:]
+
+
+def _run(call: _Call, plan: BlockPlan, instruction_set: str | None) -> bool:
+    """Compute a call in as many threads as torch has and the work is worth; False: not finite."""
+    name = instruction_sets()[0] if instruction_set is None else instruction_set
+    library = native_library.load()
+    results: list[int] = []
+
+    def work() -> None:
+        results.append(library.dit_sparse_work(ctypes.byref(call), INSTRUCTION_SETS[name]))
+
+    kept = float(plan.kv_num_blocks.double().mean()) * plan.kv.max_length
+    work_size = call.batch * call.heads * call.tokens * call.head_dim * kept
+    pieces = call.batch * call.heads * call.q_blocks
+    count = max(1, min(torch.get_num_threads(), pieces, int(work_size / WORTH_A_THREAD)))
+    threads = [Thread(target=work) for _ in range(count - 1)]
+    for thread in threads:
+        thread.start()
+    try:
+        work()
+    finally:
+        for thread in threads:
+            thread.join()
+    if NO_MEMORY in results:
+        raise MemoryError("native attention: no memory for a thread's scratch, some 100 kB each")
+    if not set(results) <= {DONE, NOT_FINITE}:
+        raise KernelError(f"native attention: no instruction set {name!r} on this processor")
+    return NOT_FINITE not in results

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of WIDTH floats by the compilers' own vector types (GCC, Clang), and the two products.
+// Vectors run along the queries: keys and values are broadcast from where they lie, and softmax
+// needs no step across a vector.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifndef WIDTH
+#error "WIDTH, the floats in a vector, comes from build.json"
+#endif
+
+namespace ISA {
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float Vec __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Int __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t Half __attribute__((vector_size(WIDTH * 2)));
+
+constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
+constexpr float MINUS_INF = -__builtin_inff();
+
+INLINE Vec splat(float x) { return x - Vec{}; }  // both compilers: one broadcast
+INLINE Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// 2^x for x <= 0, relative error 2e-7; exactly 0 below 2^-100, and for -inf.
+INLINE Vec exp2(Vec x) {
+  const Vec round = splat(12582912.0f);  // 1.5 * 2^23: what is added loses its fraction
+  const Vec t = x + round;
+  const Vec f = x - (t - round);
+  Vec p = splat(1.33335581e-3f);
+  p = p * f + splat(9.61817801e-3f);
+  p = p * f + splat(5.55041087e-2f);
+  p = p * f + splat(2.40226507e-1f);
+  p = p * f + splat(6.93147182e-1f);
+  p = p * f + splat(1.0f);
+  const Bits scaled = (Bits)p + ((Bits)t << 23);  // the low bits of t are the whole part of x
+  return (Vec)(scaled & (Bits)(x > splat(-100.0f)));
+}
+
+// scores[R][QV vectors] = R keys . queries, over head_dim; queries are [head_dim][QV vectors].
+template <int R, int QV>
+INLINE void multiply_keys(const float* const* keys, const float* queries, int64_t head_dim,
+                          float* scores, Vec* most) {
+  constexpr int N = QV * WIDTH;
+  Vec sum[R][QV] = {};
+  for (int64_t e = 0; e < head_dim; e++) {
+    Vec key[R];
+    UNROLL for (int i = 0; i < R; i++) key[i] = splat(keys[i][e]);
+    UNROLL for (int j = 0; j < QV; j++) {
+      const Vec query = load(queries + e * N + j * WIDTH);
+      UNROLL for (int i = 0; i < R; i++) sum[i][j] += key[i] * query;
+    }
+  }
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++) {
+    store(scores + i * N + j * WIDTH, sum[i][j]);
+    most[j] = maximum(most[j], sum[i][j]);
+  }
+}
+
+// output[R][QV vectors] = output * fade + sum over keys of values[key][R] * weights[key][...].
+template <int R, int QV>
+INLINE void multiply_values(const float* values, int64_t stride, const int32_t* which, int count,
+                            const float* weights, const Vec* fade, float* output) {
+  constexpr int N = QV * WIDTH;
+  Vec sum[R][QV];
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++)
+    sum[i][j] = load(output + i * N + j * WIDTH) * fade[j];
+  for (int n = 0; n < count; n++) {
+    const float* row = values + which[n] * stride;
+    Vec value[R];
+    UNROLL for (int i = 0; i < R; i++) value[i] = splat(row[i]);
+    UNROLL for (int j = 0; j < QV; j++) {
+      const Vec weight = load(weights + n * N + j * WIDTH);
+      UNROLL for (int i = 0; i < R; i++) sum[i][j] += value[i] * weight;
+    }
+  }
+  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++)
+    store(output + i * N + j * WIDTH, sum[i][j]);
+}
+
+}  // namespace ISA
