@@ -22,11 +22,8 @@ from dit_sparse.errors import KernelError, NativeUnavailable
 from dit_sparse.kernels import native_library
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
     from dit_sparse.plan import BlockPlan
 
 HAS_BACKWARD = False
