@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from dit_sparse.errors import PromptsError
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def read_prompt_file(path: Path) -> tuple[str, ...]:
-    """Read one prompt a line, UTF-8; ``#`` starts a comment, empty lines do not count.
+    r"""Read one prompt a line, UTF-8; empty lines and comments are skipped.
+
+    A comment is a line that begins with ``#``, elsewhere in a line ``#`` is text. ``\#`` at the
+    beginning stands for a prompt that begins with ``#``. Only LF, CR LF and CR end a line.
 
     Returns:
         The prompts; none where the file has none.
@@ -22,16 +26,19 @@ def read_prompt_file(path: Path) -> tuple[str, ...]:
         PromptsError: It cannot be read, or is no text.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # which turns every end of line into LF
     except UnicodeDecodeError as error:
         raise PromptsError(f"{path}: cannot be read: not UTF-8 text") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PromptsError(f"{path!s:.200}: cannot be read: {reason}") from error
-    found = [line.partition("#")[0].strip() for line in lines]
-    for number, line in enumerate(found, 1):
+    found = []
+    for number, line in enumerate((line.strip() for line in text.split("\n")), 1):
+        if line.startswith("#") or not line:
+            continue
         if (mark := control_in(line)) is not None:
             raise PromptsError(
                 f"{path}: line {number}: control character {mark} in a prompt; remove it"
             )
-    return tuple(line for line in found if line)
+        found.append(re.sub(r"^\\(\\*#)", r"\1", line))
+    return tuple(found)

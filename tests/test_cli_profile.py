@@ -41,7 +41,7 @@ def made(wan, tmp_path_factory):
     prompts = folder / "prompts.txt"
     first = "a big red circle moving right over a gray plain background"
     second = "a big blue square moving up over a navy plain background"
-    prompts.write_text(f"# two\n{first}\n\n{second} # up\n")
+    prompts.write_text(f"# two\n{first}\n\n  # below\n{second}\n")
     result = run(wan, "--prompts", prompts, "-o", folder / "s.json", "--target", "0.8",
                  *FAST, *SMALL)  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -184,4 +184,4 @@ def test_prompts_are_read(tmp_path):
     assert read_prompts("2") == PROMPTS[:2]
     path = tmp_path / "p.txt"
     path.write_text("\ufeffone\r\n# no\r\ntwo # too\r\n", encoding="utf-8")
-    assert read_prompts(str(path)) == ("one", "two")
+    assert read_prompts(str(path)) == ("one", "two # too")

@@ -248,7 +248,7 @@ def test_prompt_files_have_comments_and_empty_lines(tmp_path):
         prompt = (" last ",)
 
     Wish.prompts.write_text("# all\n\n a cat \na dog # brown\n", encoding="utf-8")
-    assert read_prompts(Wish) == ("a cat", "a dog", "last")
+    assert read_prompts(Wish) == ("a cat", "a dog # brown", "last")
 
 
 def test_vbench_export_and_import(evaluated, tmp_path):
