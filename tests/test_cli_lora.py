@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dit_sparse.cli import app
 from dit_sparse.cli.console import UserError
 from dit_sparse.cli.lora import Lora, merge_loras, read_loras
-from dit_sparse.weights import weights_hash
+from dit_sparse.identity import weights_digest
 from tests import tiny
 
 RANK, ALPHA = 2, 3
@@ -61,7 +61,7 @@ def loras(wan, tmp_path_factory):
 def merged(folder, source, scale):
     pipe = load(folder)
     merge_loras(pipe, [Lora(str(source), scale)])
-    return weights_hash(pipe.transformer)
+    return weights_digest(pipe.transformer)
 
 
 def added(weights, layer, scale):
@@ -122,11 +122,12 @@ def test_an_evaluation_tells_adapters_and_scales_apart(wan, loras, tmp_path):
     first = run(*command, "--lora", loras[0][0])
     assert first.exit_code == 0, first.output
     told = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert told["call"]["lora"] == str(loras[0][0])
-    assert told["call"]["weights"] == merged(wan, loras[0][0], 1.0)
+    assert told["about"]["lora"] == str(loras[0][0])
+    transformer = told["identity"]["pipeline"]["transformer"]
+    assert transformer["weights"] == merged(wan, loras[0][0], 1.0)
     other = run(*command, "--lora", f"{loras[0][0]}=0.5")
     assert other.exit_code == 2, other.output
-    assert "lora" in other.stderr or "weights" in other.stderr
+    assert "pipeline.transformer.weights: " in other.stderr
 
 
 def test_a_profile_measures_the_merged_model(wan, loras, tmp_path):
@@ -140,7 +141,7 @@ def test_a_profile_measures_the_merged_model(wan, loras, tmp_path):
     receipt = json.loads((tmp_path / "mine.json").read_text())["receipt"]
     assert f"--lora {loras[1][0].name}=2" in receipt["command"]
     setup = json.loads((tmp_path / "mine.measured" / "setup.json").read_text())
-    assert setup["model"] == {"transformer": merged(wan, loras[1][0], 2.0)}
+    assert setup["pipeline"]["transformer"]["weights"] == merged(wan, loras[1][0], 2.0)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_other_settings_need_a_fresh_start(made, wan):
     folder, _ = made
     before = (folder / "s.json").read_bytes()
     other = run(wan, "--prompts", "1", "-o", folder / "s.json", "--overwrite", *FAST, *SMALL)
-    refused(other, "another calls", "fresh")
+    refused(other, "calls: 2 entries, now 1", "add --fresh")
     assert (folder / "s.json").read_bytes() == before
 
 

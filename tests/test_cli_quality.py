@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -106,6 +107,26 @@ def test_align_every_and_compat_reach_the_comparison(pair, tmp_path):
     assert "only the first 3 of each" in result.stdout.replace("\n", " ")
 
 
+@contextmanager
+def room_for(size):
+    """Let no file grow beyond ``size`` bytes: what the system answers then is like a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_compare_without_room_for_its_report_is_one_line(pair, tmp_path):
+    with room_for(1000):
+        result = compare(pair, tmp_path)
+    refused(result, "cannot be written: File too large", "Free space")
+    assert list(tmp_path.iterdir()) == []
+    assert compare(pair, tmp_path).exit_code == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_where_there_is_none(pair, tmp_path):
     refused(compare(pair, tmp_path, "--device", "cuda"), "sees no GPU")
@@ -194,7 +215,20 @@ def test_evaluate_goes_on_and_makes_nothing_twice(evaluated, evaluate):
     assert "FAILED" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*.mkv")} == before
     assert "dense, seed" not in again.stderr
-    refused(evaluate(output, "--guidance-scale", "2"), "another guidance_scale: ", "now 2.0")
+    refused(
+        evaluate(output, "--guidance-scale", "2"),
+        "call.guidance_scale: 4.0, now 2.0",
+        "add --fresh",
+    )
+
+
+@pytest.mark.parametrize(("size", "words"), [(1000, "evaluation.json"), (16_000, "dense.mkv")])
+def test_evaluate_without_room_is_one_line(evaluate, tmp_path, size, words):
+    more = ("--seeds", "0", "--floor", "off")
+    with room_for(size):
+        result = evaluate(tmp_path, *more, prompts=("a red circle",))
+    refused(result, words, "cannot be written: ", "Free space")
+    assert not list(tmp_path.rglob(".*")) + list(tmp_path.rglob("dense.json"))
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ LAYERS = {
     "forecast": Layer(("forecast",), ("strategy", "backends", "pipelines")),
     "report": Layer(("report", "probe"), ("ops", "reference")),
     "strategy": Layer(
-        ("strategy", "strategy_form", "strategy_io", "hub", "schedule", "profiles", "weights"),
+        ("strategy", "strategy_form", "strategy_io", "hub", "schedule", "profiles", "identity"),
         ("methods",),
     ),
     "pipelines": Layer(("pipelines",), ("grid",)),  # an adapter never sees a method

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +60,10 @@ Debug = Annotated[
 ]
 
 
+# What the disk answers: never our mistake, wherever it is met.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
 class UserError(Exception):
     """The request cannot be met; the message is for the person who made it."""
 
@@ -95,8 +101,8 @@ def progress() -> Progress:
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn an expected error into one line and exit code 2, Ctrl-C into exit code 130.
 
-    Other exceptions are our mistakes and keep their traceback. A command that takes ``debug``
-    shows the traceback of expected errors too.
+    A full or broken disk counts as expected. Other exceptions are our mistakes and keep their
+    traceback. A command that takes ``debug`` shows the traceback of expected errors too.
     """
 
     @functools.wraps(command)
@@ -106,12 +112,20 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say("Interrupted; the pipeline is detached, nothing was written.")
             raise typer.Exit(130) from None
-        except (DitSparseError, UserError) as error:
+        except (DitSparseError, UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in DISK:
+                raise
             if kwargs.get("debug"):
                 traceback.print_exc()
-            line = "; ".join(part.strip() for part in str(error).splitlines() if part.strip())
+            text = _disk(error) if isinstance(error, OSError) else str(error)
+            line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
             ERR.print("error:", style="bold red", end=" ")
             say(line)
             raise typer.Exit(2) from None
 
     return run
+
+
+def _disk(error: OSError) -> str:
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{error.strerror}; free space on this disk or write to another one"

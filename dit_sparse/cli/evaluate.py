@@ -62,14 +62,16 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for clips and reports. A run that was stopped goes on from there.",
+            help="Folder for clips and reports. A stopped run continues there; clips of other "
+            "inputs (model, settings, versions) are an error.",
             show_default=False,
         ),
     ],
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line; empty lines and lines from # on are left out.",
+            help="Text file, one prompt a line. Empty lines and lines that begin with # are "
+            "skipped; write \\# for a prompt that begins with #.",
             show_default="none",
             **WHAT,
         ),
@@ -122,10 +124,12 @@ def run(
     dtype: Dtype = "auto",
     kernel: Kernel = None,
     threads: Threads = None,
-    overwrite: Annotated[
+    fresh: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Make clips anew where the folder's were made with other settings."
+            "--fresh",
+            "--overwrite",
+            help="Drop the clips and reports of an earlier evaluation in the folder.",
         ),
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
@@ -167,7 +171,7 @@ def run(
             dtype=dtype,
             kernel=kernel,
             threads=threads,
-            overwrite=overwrite,
+            fresh=fresh,
         )
     )
     if not passed:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -13,7 +13,7 @@ from rich.table import Table
 from dit_sparse import Strategy, enable
 from dit_sparse.backends import Backends
 from dit_sparse.cli.console import OUT, UserError, progress, say, styled
-from dit_sparse.cli.making import Maker, weights_hash
+from dit_sparse.cli.making import Maker
 from dit_sparse.cli.options import read_seeds
 from dit_sparse.cli.prompts import of_file
 from dit_sparse.cli.source import (
@@ -27,6 +27,7 @@ from dit_sparse.cli.source import (
     machine,
 )
 from dit_sparse.doctor import environment
+from dit_sparse.identity import pipeline_identity, versions
 from dit_sparse.quality.catalogue import chosen
 from dit_sparse.quality.evaluation import Store, generate, measure, open_store
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Setup
@@ -61,7 +62,7 @@ class Wish:
     dtype: str
     kernel: str | None
     threads: int | None
-    overwrite: bool
+    fresh: bool
 
 
 def perform(wish: Wish) -> bool:
@@ -90,18 +91,22 @@ def perform(wish: Wish) -> bool:
         call={
             **effective(pipe, arguments),
             "pipeline": type(pipe).__name__,
-            "weights": weights_hash(pipe),
-            **({"lora": ", ".join(map(str, wish.loras))} if wish.loras else {}),
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.partition(":")[0],
             "kernel": wish.kernel or "the best that can run",
-            "versions": facts["packages"],
+        },
+        identity={
+            "pipeline": pipeline_identity(pipe),
+            "machine": timed_on(device, facts),
+            "versions": versions(),
         },
         fps=wish.fps or defaults.fps or DEFAULT_FPS,
         floor=f"SDPA {wish.floor}" if wish.floor else None,
         metrics=metrics,
         every=wish.every,
         about={
+            **({"lora": ", ".join(map(str, wish.loras))} if wish.loras else {}),
+            "versions": facts["packages"],
             "device": device,
             "processor": facts["processor"],
             "gpus": facts["gpus"],
@@ -113,7 +118,7 @@ def perform(wish: Wish) -> bool:
     for each in strategies.values():  # does it fit this model? Said before the first clip
         enable(pipe, each, kernel=wish.kernel).remove()
     if state.is_main_process:
-        open_store(wish.output, setup, overwrite=wish.overwrite)
+        open_store(wish.output, setup, fresh=wish.fresh)
     state.wait_for_everyone()
     jobs = setup.jobs()[state.process_index :: state.num_processes]
     place = Store(wish.output)
@@ -140,6 +145,13 @@ def perform(wish: Wish) -> bool:
     show(found)
     OUT.print(styled((f"{wish.output}/", "dim"), f" {', '.join(files)}, pairs/"), soft_wrap=True)
     return found.passed is not False
+
+
+def timed_on(device: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Name what the times of clips depend on: two of different machines are no speed-up."""
+    if device.startswith("cuda"):
+        return {"gpu": torch.cuda.get_device_name(device)}
+    return {key: facts[key] for key in ("processor", "torch_threads")}
 
 
 def read_strategies(names: tuple[str, ...]) -> dict[str, Strategy]:

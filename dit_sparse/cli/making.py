@@ -6,11 +6,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.apply import transformers_of
 from dit_sparse.cli.arms import Runner, told
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Made
 from dit_sparse.strategy import Schedule
-from dit_sparse.weights import weights_hash as hash_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -90,8 +88,3 @@ def sdpa(name: str | None) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([getattr(SDPBackend, BACKENDS[name])])
-
-
-def weights_hash(pipe: Any) -> str:
-    """Name the pipeline's transformers."""
-    return hash_of(*transformers_of(pipe).values())

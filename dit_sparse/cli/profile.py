@@ -66,8 +66,8 @@ def run(
         typer.Option(
             "--prompts",
             metavar="FILE|N",
-            help="A text file, one prompt a line, or a number of built-in ones (1 to "
-            f"{len(PROMPTS)}).",
+            help="A text file, one prompt a line (lines that begin with # are comments), or a "
+            f"number of built-in ones (1 to {len(PROMPTS)}).",
             show_default=False,
         ),
     ],

@@ -97,7 +97,7 @@ class SampleDefaults(BaseModel):
             key = ".".join(map(str, found["loc"])) or "content"
             takes = ", ".join(cls.model_fields)
             raise UserError(f"{path}: {key}: {found['msg']}; keys are: {takes}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not readable as JSON: {first_line(error)}") from error
 
 

@@ -167,14 +167,12 @@ def read(
 
 def finish(found: Results, output: Path) -> None:
     """Write and print scores; exit code 1 where a dimension failed."""
-    from dit_sparse.quality.files import plain, replace_text
+    from dit_sparse.quality.files import plain, replace_text, writing
 
     told: dict[str, Any] = found.to_dict()
-    try:
+    with writing(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        replace_text(output, json.dumps(plain(told), indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    replace_text(output, json.dumps(plain(told), indent=2, allow_nan=False) + "\n")
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("dimension")
     table.add_column("score", justify="right")

@@ -26,6 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="say what an iteration will take of memory and time, and stop; loads no weights",
     )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="drop the checkpoints in the output folder and start again",
+    )
     asked = parser.parse_args(arguments)
     try:
         config = read_config(asked.config)
@@ -39,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         from dit_sparse.distill.source import prepare
 
         accelerator = Accelerator(cpu=config.device == "cpu")
-        result = prepare(config, accelerator).run(show=accelerator.is_main_process)
+        result = prepare(config, accelerator, fresh=asked.fresh).run(
+            show=accelerator.is_main_process
+        )
         if accelerator.is_main_process:
             sys.stderr.write(f"result: {result}\n")
     except DitSparseError as error:

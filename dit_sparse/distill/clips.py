@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
+from dit_sparse.distill.inputs import encoding_inputs
+from dit_sparse.identity import file_digest, pipeline_identity, text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,8 +46,23 @@ def list_clips(folder: Path) -> list[tuple[Path, str]]:
             raise DistillError(
                 f"data.clips: {clip}: has no caption; wanted {caption.name} beside it"
             )
-        found.append((clip, caption.read_text(encoding="utf-8").strip()))
+        try:
+            found.append((clip, caption.read_text(encoding="utf-8-sig").strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DistillError(f"data.clips: {caption}: cannot be read: {error}") from error
     return found
+
+
+def hash_clips(clips: list[Path]) -> list[str]:
+    """Hash the files.
+
+    Raises:
+        DistillError: One cannot be read.
+    """
+    try:
+        return [file_digest(path) for path in clips]
+    except OSError as error:
+        raise DistillError(f"data.clips: {error.filename}: cannot be read: {error}") from error
 
 
 def read_frames(path: Path, count: int) -> list[Image.Image]:
@@ -117,7 +133,8 @@ def encode_clips(
     folder: Path,
     wanted: tuple[int, ...],
     *,
-    fingerprint: str = "",
+    fingerprint: str | None = None,
+    hashes: list[str] | None = None,
     tell: Callable[[int, int], None] | None = None,
     process: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
@@ -130,16 +147,17 @@ def encode_clips(
         size: To which they are brought.
         folder: Where the encoded ones are kept, by content of the clip.
         wanted: Shape that the transformer takes.
-        fingerprint: Says which model.
+        fingerprint: Of ``encoding_inputs``: another one makes other files; None: the pipeline's.
+        hashes: Of ``hash_clips``, where they are known.
         tell: Called with (done, of how many).
         process: This process's index and their number: each encodes its share.
         wait: Waits for the others.
     """
-    files = []
-    for path in clips:
-        name = hashlib.sha256(path.read_bytes())
-        name.update(f"{fingerprint} {size!r}".encode())
-        files.append(folder / f"clip-{name.hexdigest()[:24]}.safetensors")
+    if fingerprint is None:
+        fingerprint = encoding_inputs(pipeline_identity(pipe))
+    hashes = hash_clips(clips) if hashes is None else hashes
+    names = [text_digest([fingerprint, size.model_dump(), one]) for one in hashes]
+    files = [folder / f"clip-{name}.safetensors" for name in names]
     todo = [i for i, file in enumerate(files) if not file.is_file()][process[0] :: process[1]]
     for done, i in enumerate(todo):
         latents = encode_clip(pipe, read_frames(clips[i], size.num_frames or 1), size)

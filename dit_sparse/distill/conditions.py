@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +11,10 @@ import torch
 
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
+from dit_sparse.distill.inputs import encoding_inputs
 from dit_sparse.distill.record import Recording, record
 from dit_sparse.errors import PromptsError
+from dit_sparse.identity import pipeline_identity, text_digest
 from dit_sparse.prompts import read_prompt_file
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def encode(
     folder: Path,
     *,
     steps: int,
-    fingerprint: str = "",
+    fingerprint: str | None = None,
     tell: Callable[[int, int], None] | None = None,
     process: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
@@ -90,14 +90,16 @@ def encode(
         arguments: Those that all share: size, guidance.
         folder: Where the files are.
         steps: Of the sampling run whose grid is read.
-        fingerprint: Says which model and text encoders: another one makes other files.
+        fingerprint: Of ``encoding_inputs``: another one makes other files; None: the pipeline's.
         tell: Called with (done, of how many).
         process: This process's index and the number of processes: each encodes its share.
         wait: Waits for the other processes.
     """
     first = record(pipe, {**arguments, **prompts[0]}, steps=steps)
-    base = json.dumps([type(pipe).__name__, fingerprint, _plain(arguments)], sort_keys=True)
-    files = [_file(folder, base, prompt) for prompt in prompts]
+    if fingerprint is None:
+        fingerprint = encoding_inputs(pipeline_identity(pipe))
+    names = [text_digest([fingerprint, arguments, prompt]) for prompt in prompts]
+    files = [folder / f"prompt-{name}.safetensors" for name in names]
     todo = [i for i, path in enumerate(files) if not path.is_file()]
     mine = todo[process[0] :: process[1]]
     for done, i in enumerate(mine):
@@ -127,19 +129,3 @@ def free_encoders(pipe: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _text(value) for key, value in arguments.items()}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return f"{tuple(value.shape)} {hashlib.sha256(content).hexdigest()}"
-    return repr(value)
-
-
-def _file(folder: Path, base: str, prompt: Mapping[str, Any]) -> Path:
-    text = base + json.dumps(_plain(prompt), sort_keys=True)
-    return folder / f"prompt-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"

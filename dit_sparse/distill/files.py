@@ -15,7 +15,7 @@ from dit_sparse.distill.errors import DistillError
 from dit_sparse.reading import refuse_controls
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -56,8 +56,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file that ``write_tensors`` wrote: tensors by name, and the notes."""
     try:
         with safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
-            refuse_controls(notes)
-            return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise DistillError(f"{path}: cannot be read: {error}; delete it") from error
+    return tensors, read_notes(path)
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Read the notes of a file that ``write_tensors`` wrote, and no tensor."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = json.loads((file.metadata() or {}).get("notes", "{}"))
+        refuse_controls(notes)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise DistillError(f"{path}: cannot be read: {error}; delete it") from error
+    return notes if isinstance(notes, dict) else {}
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``place`` (a full disk) into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise DistillError(
+            f"{place}: cannot be written: {error.strerror or error}; the checkpoints are whole. "
+            "Free space and run the same command again"
+        ) from error

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.distill.errors import DistillError
+from dit_sparse.distill.files import writing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,20 +41,28 @@ class Log:
         show: bool = False,
     ) -> None:
         self.path, self.columns = folder / CSV_NAME, columns
-        rows: list[dict[str, str]] = []
-        if self.path.is_file() and iteration:
-            # A killed run may leave half a row: it has no end of line.
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            rows = [r for r in csv.DictReader(whole) if int(r["iteration"]) <= iteration]
+        rows = self._read(iteration) if self.path.is_file() and iteration else []
         scratch = self.path.with_name(f".{CSV_NAME}")
-        with scratch.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        scratch.replace(self.path)
+        with writing(self.path):
+            with scratch.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            scratch.replace(self.path)
         self._board = self._open_board(folder, iteration) if tensorboard else None
         self._show, self._total = show, total
+
+    def _read(self, iteration: int) -> list[dict[str, str]]:
+        """Read the rows up to an iteration; a killed run may leave half a row, without a LF."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            return [r for r in csv.DictReader(whole) if int(r["iteration"]) <= iteration]
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise DistillError(
+                f"{self.path}: is not a log of this training ({type(error).__name__}: {error}); "
+                "delete it: the checkpoints do not need it"
+            ) from error
 
     @staticmethod
     def _open_board(folder: Path, iteration: int) -> Any:
@@ -68,7 +77,7 @@ class Log:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add the row of one iteration."""
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         iteration = row["iteration"]
         if self._board is not None:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.distill.clips import encode_clips, list_clips
+from dit_sparse.distill import checkpoint
+from dit_sparse.distill.clips import encode_clips, hash_clips, list_clips
 from dit_sparse.distill.conditions import Conditions, encode, free_encoders, read_prompts
 from dit_sparse.distill.errors import DistillError
+from dit_sparse.distill.inputs import encoding_inputs, inputs_of
 from dit_sparse.distill.record import guidance_arguments
 from dit_sparse.distill.shard import check_sharding, read_sharding
-from dit_sparse.distill.train import Trainer
+from dit_sparse.distill.train import CHECKPOINTS, Trainer
+from dit_sparse.identity import pipeline_identity
 from dit_sparse.strategy import config_hash
 
 if TYPE_CHECKING:
@@ -60,12 +63,13 @@ def without_weights(model: Any, device: torch.device) -> Any:
     return empty
 
 
-def prepare(config: Config, accelerator: Any) -> Trainer:
+def prepare(config: Config, accelerator: Any, *, fresh: bool = False) -> Trainer:
     """Make everything that a run needs; each thing is refused before the next is made.
 
     Args:
         config: What to do.
         accelerator: Device and other processes.
+        fresh: Drop the checkpoints in the output folder.
     """
     sharding = read_sharding(accelerator)
     if config.device == "cuda" and accelerator.device.type != "cuda":
@@ -94,11 +98,14 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
     }
     if strategy is not None:
         _check_strategy(pipe, strategy)
+    identity, hashes = pipeline_identity(pipe), hash_clips(clips)
+    inputs = inputs_of(config, identity, texts, hashes)
+    _check_output(config, inputs, accelerator, fresh=fresh)
     process = accelerator.process_index, accelerator.num_processes
     transformer = pipe.transformer
     pipe.transformer = without_weights(transformer, accelerator.device)
     pipe.to(accelerator.device)
-    fingerprint = f"{config.model} {config_hash(pipe.transformer.config)} {config.train.dtype}"
+    fingerprint = encoding_inputs(identity)
     conditions: Conditions = encode(
         pipe,
         [{"prompt": text} for text in texts],
@@ -118,6 +125,7 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
         config.cache,
         conditions.first.latents,
         fingerprint=fingerprint,
+        hashes=hashes,
         tell=_tell("encoding clips") if accelerator.is_main_process else None,
         process=process,
         wait=accelerator.wait_for_everyone,
@@ -126,7 +134,17 @@ def prepare(config: Config, accelerator: Any) -> Trainer:
     pipe.transformer = transformer
     if sharding is None:  # otherwise it goes there block by block
         transformer.to(accelerator.device)
-    return Trainer(config, pipe, conditions, accelerator, latents, sharding)
+    return Trainer(config, pipe, conditions, accelerator, latents, sharding, inputs)
+
+
+def _check_output(config: Config, inputs: Any, accelerator: Any, *, fresh: bool) -> None:
+    """Refuse checkpoints of other inputs before any work, or drop them."""
+    folder = config.output / CHECKPOINTS
+    if fresh:
+        if accelerator.is_main_process:
+            checkpoint.drop(folder)
+        accelerator.wait_for_everyone()
+    checkpoint.verify(folder, inputs)
 
 
 def _check_strategy(pipe: Any, strategy: Any) -> None:

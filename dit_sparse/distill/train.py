@@ -11,16 +11,19 @@ import torch
 from dit_sparse.distill import checkpoint
 from dit_sparse.distill.draw import Draw, epoch_order
 from dit_sparse.distill.errors import DistillError
+from dit_sparse.distill.files import writing
 from dit_sparse.distill.finetune import Plain
+from dit_sparse.distill.inputs import inputs_of
 from dit_sparse.distill.log import Log
 from dit_sparse.distill.networks import Networks
 from dit_sparse.distill.result import save_result
 from dit_sparse.distill.tdm import Group, Matching, Walk
 from dit_sparse.distill.update import Update, rate
+from dit_sparse.identity import pipeline_identity
 from dit_sparse.strategy_io import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from dit_sparse.distill.conditions import Conditions
@@ -45,6 +48,7 @@ class Trainer:
         accelerator: Device and other processes.
         latents: For fine-tuning: the encoded clips, one for each caption.
         sharding: How base weights are spread over processes; None: all have all of them.
+        inputs: Of ``inputs_of``: what a checkpoint must have been made with; None: these.
     """
 
     def __init__(
@@ -55,7 +59,12 @@ class Trainer:
         accelerator: Any,
         latents: tuple[Path, ...] = (),
         sharding: Sharding | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
+        if inputs is None:  # encoded data are named by their content
+            texts, clips = ([path.name for path in made] for made in (conditions.files, latents))
+            inputs = inputs_of(config, pipeline_identity(pipe), texts, clips)
+        self.inputs = inputs
         self.config, self.pipe, self.conditions = config, pipe, conditions
         self.accelerator, self.strategy = accelerator, config.make_strategy()
         self.sharding = sharding
@@ -95,13 +104,14 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         folder = config.output / CHECKPOINTS
-        done = checkpoint.resume(folder, config, self.updates.values())
+        done = checkpoint.resume(folder, self.inputs, self.updates.values())
         columns = ["iteration", "learning_rate", *COLUMNS[config.task]]
         total = config.train.iterations
         if not main:
             self._loop(done, None)
         else:
-            config.output.mkdir(parents=True, exist_ok=True)
+            with writing(config.output):
+                config.output.mkdir(parents=True, exist_ok=True)
             write_text(config.output / "config.json", config.model_dump_json(indent=2) + "\n")
             with Log(
                 config.output,
@@ -135,7 +145,8 @@ class Trainer:
             if log is not None:
                 log.write({"iteration": iteration + 1, **row})
                 if last or (iteration + 1) % config.train.checkpoint_every == 0:
-                    checkpoint.save(folder, config, iteration + 1, self.updates.values())
+                    updates, keep = self.updates.values(), config.train.keep
+                    checkpoint.save(folder, self.inputs, iteration + 1, updates, keep)
 
     def groups(self, iteration: int) -> Iterator[Group]:
         """List this process's groups of one iteration; together all processes have the batch."""

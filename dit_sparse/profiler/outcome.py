@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_sparse.apply import enable
+from dit_sparse.backends import describe_device
 from dit_sparse.grid import LatentsGrid
+from dit_sparse.identity import text_digest
 from dit_sparse.profiler.capture import call_of
 from dit_sparse.profiler.cost import CostModel
 from dit_sparse.profiler.micro import Size, measure_costs
@@ -33,12 +33,17 @@ def costs_of(
     source: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Measure costs once, or assume them: {"model": of ``CostModel``, "agreement": figures}."""
+    """Measure costs once on a device, or assume them.
+
+    Returns:
+        "model" (of ``CostModel``), "agreement" (figures) and, of measured ones, "timed_on".
+    """
     if source == "assumed":
         return {"model": CostModel.assumed(candidates, about["heads"]).to_dict(), "agreement": {}}
-    if (known := store.read("costs.json")) is not None:
-        return known
     model = next(iter(models.values()))
+    known, place = store.read("costs.json"), timed_on(model.device)
+    if known is not None and known.get("timed_on") == place:
+        return known
     size = Size(
         LatentsGrid(*about["grid"]),
         about["batch"],
@@ -58,9 +63,15 @@ def costs_of(
             "cost_rank_correlation": float(f"{timed.rank_correlation:.4g}"),
             "cost_median_relative_error": float(f"{timed.median_error:.4g}"),
         }
-    found = {"model": timed.model.to_dict(), "agreement": agreement}
+    found = {"model": timed.model.to_dict(), "agreement": agreement, "timed_on": place}
     store.write("costs.json", found)
     return found
+
+
+def timed_on(device: torch.device) -> str:
+    """Name what measured times depend on."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{describe_device(device)}{threads}"
 
 
 def check(
@@ -71,8 +82,8 @@ def check(
     seed: int,
     progress: Progress | None,
 ) -> dict[str, float]:
-    """Run one unit dense and sparse; measured once for the same rules."""
-    key = hashlib.sha256(json.dumps(strategy.to_dict()["rules"]).encode()).hexdigest()[:16]
+    """Run one unit dense and sparse; measured once for the same rules and device."""
+    key = text_digest([strategy.to_dict()["rules"], timed_on(pipe.device)])
     if (known := store.read(f"check-{key}.json")) is not None:
         return known
     times, latents = [], []

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from dit_sparse.apply import transformers_of
 from dit_sparse.backends import describe_device
+from dit_sparse.identity import pipeline_identity, plain
+from dit_sparse.identity import versions as all_versions
 from dit_sparse.profiler.build import figures, rules_of, strategy_of, versions
 from dit_sparse.profiler.candidates import parse_candidates
 from dit_sparse.profiler.capture import Bands, Measuring, candidates_of
@@ -24,7 +24,6 @@ from dit_sparse.profiler.table import cells_of, sum_up
 from dit_sparse.profiler.units import Work
 from dit_sparse.profiler.wish import Wish
 from dit_sparse.strategy import Receipt, Strategy
-from dit_sparse.weights import weights_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -132,10 +131,11 @@ def profile(
             "captures": bands.captures,
             "sample": sample,
             "sequential": sequential,
-            "calls": [_digest(call) for call, _ in jobs],
+            "calls": [plain(call) for call, _ in jobs],
             "seeds": list(seeds),
-            "model": {stage: weights_hash(model) for stage, model in models.items()},
-            "versions": versions(),
+            "pipeline": pipeline_identity(pipe),
+            "device": next(iter(models.values())).device.type,
+            "versions": all_versions(),
         }
         if sequential != "none":  # what is measured depends on what is chosen on the way
             setup |= {"wish": asdict(wish), "costs": costs}
@@ -209,13 +209,3 @@ def _check_sequential(sequential: str, wish: Wish) -> None:
 
 def _as_call(prompt: str | Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-
-
-def _digest(call: Mapping[str, Any]) -> dict[str, str]:
-    """Name a call's arguments: tensors by shape and sum, the rest as text."""
-    return {
-        key: f"{tuple(value.shape)} {value.double().sum().item():.9e}"
-        if isinstance(value, torch.Tensor)
-        else str(value)
-        for key, value in sorted(call.items())
-    }

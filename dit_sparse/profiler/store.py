@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.identity import changed
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.reading import load_json
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SETUP = "setup.json"
 MAX_BYTES = 512 * 2**20  # a unit holds every head, candidate and band of a model
+OURS = re.compile(r"\.?(setup|unit-\d{5}(-band-\d+)?|costs|chosen-\d+|check-\w+)\.json(\.\d+)?")
 
 
 class Store:
@@ -42,30 +44,39 @@ class Store:
             fresh: Drop what is there.
 
         Raises:
-            ProfileError: It holds other measurements (names the key), or cannot be written.
+            ProfileError: It holds measurements of other inputs (names them), or cannot be written.
         """
         wanted = json.loads(json.dumps(setup, allow_nan=False))
-        if fresh and (self.folder / SETUP).is_file():
-            shutil.rmtree(self.folder)
+        self._make(fresh=fresh)
+        found = self.read(SETUP)
+        if found is None:
+            self.write(SETUP, wanted)
+            return
+        complete = "pipeline" in found or "pipeline" not in wanted
+        if (why := changed(found if complete else None, wanted, "measurements")) is not None:
+            raise ProfileError(f"{self.folder}: {why}")
+
+    def _make(self, *, fresh: bool) -> None:
+        """Make the folder; refuse one whose files are not a profiler's."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            names = {path.name for path in self.folder.iterdir()}
+            ours = {name for name in names if OURS.fullmatch(name)}
+            if SETUP not in names and names > ours:
+                raise ProfileError(
+                    f"{self.folder}: has no {SETUP}, so its files are not a profiler's; name "
+                    "another output"
+                )
+            for name in ours if fresh else ():
+                (self.folder / name).unlink()
         except OSError as error:
             raise ProfileError(
                 f"{self.folder}: cannot be made: {error.strerror or error}"
             ) from error
-        found = self.read(SETUP)
-        if found is None:
-            if any(self.folder.iterdir()):
-                raise ProfileError(
-                    f"{self.folder}: has files but no {SETUP}, so it is not a profiler's; name "
-                    "another output"
-                )
-            self.write(SETUP, wanted)
-        elif found != wanted:
-            keys = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        if ours and SETUP not in names and not fresh:
             raise ProfileError(
-                f"{self.folder}: holds measurements with another {', '.join(keys)}; ask for a "
-                "fresh start to drop them, or name another output"
+                f"{self.folder}: has measurements but no {SETUP}, which says what they are of; "
+                "add --fresh (fresh=True) to drop them, or name another output"
             )
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -73,14 +84,18 @@ class Store:
         path = self.folder / name
         try:
             found = load_json(path, MAX_BYTES)
+            if not isinstance(found, dict):
+                raise TypeError(f"wanted a JSON object, got {type(found).__name__}")  # noqa: TRY301
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise ProfileError(
-                f"{path}: cannot be read: {error}; delete it, it is measured anew"
-            ) from error
-        if not isinstance(found, dict):
-            raise ProfileError(f"{path}: wanted a JSON object; delete it, it is measured anew")
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            remedy = "delete this file, it is then measured again"
+            if name == SETUP:
+                remedy = (
+                    "it says what the folder's measurements are of: add --fresh (fresh=True) to "
+                    "drop them, or name another output"
+                )
+            raise ProfileError(f"{path}: cannot be read: {error}; {remedy}") from error
         return found
 
     def write(self, name: str, data: Mapping[str, Any]) -> None:

@@ -9,20 +9,30 @@ on: what was made with other settings is never taken for the same.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.identity import changed, text_digest
 from dit_sparse.quality.catalogue import now_there
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.compare import compare
 from dit_sparse.quality.errors import QualityInputError
-from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Generator, Job, Made, Setup
-from dit_sparse.quality.files import plain, replace_text
+from dit_sparse.quality.evaluation_setup import (
+    DENSE,
+    FLOOR,
+    SCHEMA_VERSION,
+    Generator,
+    Job,
+    Made,
+    Setup,
+)
+from dit_sparse.quality.files import plain, replace_text, writing
 from dit_sparse.quality.record import store
 from dit_sparse.quality.report import write_comparison
+from dit_sparse.quality.versions import versions
 from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
@@ -49,15 +59,16 @@ class Store:
             exact = self.folder(job) / told["file"]["exact"]
             same = told["fingerprint"] == setup.fingerprint(arm, job)
             return told if same and file_hash(exact) == told["file"]["sha256"] else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None  # not there, or not whole
 
     def keep(self, setup: Setup, arm: str, job: Job, made: Made) -> dict[str, Any]:
         """Store a clip; its facts last."""
         folder = self.folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{arm}.json").unlink(missing_ok=True)
-        files = store(open_clip(made.frames, arm, setup.fps), folder, arm, setup.fps)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{arm}.json").unlink(missing_ok=True)
+            files = store(open_clip(made.frames, arm, setup.fps), folder, arm, setup.fps)
         told = {
             "fingerprint": setup.fingerprint(arm, job),
             "prompt": job.prompt,
@@ -70,33 +81,50 @@ class Store:
         return told
 
 
-def open_store(root: Path, setup: Setup, *, overwrite: bool) -> Store:
-    """Make the folder, or go on in one that holds the same evaluation.
+def open_store(root: Path, setup: Setup, *, fresh: bool = False) -> Store:
+    """Make the folder, or continue in one that holds clips of the same inputs.
+
+    Args:
+        root: The folder.
+        setup: What the evaluation is of; it may have other prompts, seeds and strategies.
+        fresh: Drop the clips and reports of an earlier evaluation.
 
     Raises:
-        QualityInputError: It is a file, or holds clips of another model or other settings.
+        QualityInputError: It is a file, cannot be written, or holds clips of other inputs.
     """
-    try:
+    path = root / SETUP
+    with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QualityInputError(
-            f"{root}: cannot be a folder: {error.strerror or error}"
-        ) from error
-    path, told = root / SETUP, setup.as_dict()
-    if path.exists() and not overwrite:
-        try:
-            before = load_json(path)
-        except (OSError, ValueError) as error:
-            raise QualityInputError(f"{path}: cannot be read: {error}; add --overwrite") from error
-        now = plain(told)
-        for key in ("model", "call", "fps", "floor"):
-            if before.get(key) != now[key]:
-                raise QualityInputError(
-                    f"{root} holds an evaluation with another {_differs(key, before, now)}; name "
-                    "another folder with -o, or add --overwrite to make its clips anew"
-                )
-    replace_text(path, json.dumps(plain(told), indent=2, ensure_ascii=False) + "\n")
+        if fresh and path.exists():
+            shutil.rmtree(root / "pairs", ignore_errors=True)
+            path.unlink()
+    if path.exists():
+        before = _recorded(path)
+        whole = before.get("schema_version") == SCHEMA_VERSION
+        inputs = {key: before.get(key) for key in ("call", "fps", "floor")} if whole else None
+        if inputs is not None and isinstance(before.get("identity"), dict):
+            inputs |= before["identity"]
+        if (why := changed(inputs, setup.shared(), "clips")) is not None:
+            raise QualityInputError(f"{root}: {why}")
+    replace_text(path, json.dumps(plain(setup.as_dict()), indent=2, ensure_ascii=False) + "\n")
     return Store(root)
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Read an earlier evaluation's setup."""
+    try:
+        before = load_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise QualityInputError(
+            f"{path}: cannot be read: {error}; add --fresh to drop this evaluation's clips and "
+            "start again, or name another folder with -o"
+        ) from error
+    if not isinstance(before, dict):
+        raise QualityInputError(
+            f"{path}: wanted a JSON object, got {type(before).__name__}; add --fresh to drop this "
+            "evaluation's clips and start again, or name another folder with -o"
+        )
+    return before
 
 
 def generate(
@@ -119,8 +147,8 @@ def generate(
 def measure(setup: Setup, place: Store, job: Job, arm: str) -> dict[str, Any]:
     """Compare one finished arm with its dense one and write the pair's page.
 
-    Kept beside the clips: measured again only where a clip or what to measure changed, or where
-    something that a row wanted (weights, say) has been installed since.
+    Kept beside the clips: measured again only where a clip, its facts, what to measure or a
+    version changed, or where something that a row wanted (weights, say) has been installed since.
     """
     folder = place.folder(job)
     dense, other = (place.done(setup, each, job) for each in (DENSE, arm))
@@ -128,18 +156,6 @@ def measure(setup: Setup, place: Store, job: Job, arm: str) -> dict[str, Any]:
         raise QualityInputError(
             f"{folder}: has no finished {DENSE if dense is None else arm} clip"
         )
-    asked = json.dumps(
-        [dense["file"]["sha256"], other["file"]["sha256"], setup.metrics, setup.every]
-    )
-    page = folder / f"vs-{arm}"
-    try:
-        before = load_json(page / "report.json")
-        same = before["context"]["asked"] == hashlib.sha256(asked.encode()).hexdigest()
-        rows = before["metrics"].items()
-        if same and not now_there(name for name, row in rows if "skipped" in row["status"]):
-            return dict(before)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not measured yet, or not like this
     facts, base = other["facts"], dense["facts"]
     context = {
         "prompt": job.prompt,
@@ -154,29 +170,33 @@ def measure(setup: Setup, place: Store, job: Job, arm: str) -> dict[str, Any]:
         "density": facts.get("density"),
         "kernels": facts.get("kernels"),
         "stayed_dense": facts.get("reasons"),
-        "asked": hashlib.sha256(asked.encode()).hexdigest(),
     }
+    device = str(setup.about.get("device", "cpu"))
+    clips = [each["file"]["sha256"] for each in (dense, other)]
+    asked = text_digest(
+        [clips, setup.metrics, setup.every, setup.fps, context, device, versions()]
+    )
+    page = folder / f"vs-{arm}"
+    try:
+        before = load_json(page / "report.json")
+        same = before["context"]["asked"] == asked
+        rows = before["metrics"].items()
+        if same and not now_there(name for name, row in rows if "skipped" in row["status"]):
+            return dict(before)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # not measured yet, or not like this
+    context["asked"] = asked
     found = compare(
         folder / dense["file"]["exact"],
         folder / other["file"]["exact"],
         metrics=setup.metrics,
         every=setup.every,
         fps=setup.fps,
-        device=str(setup.about.get("device", "cpu")),
+        device=device,
         context={key: value for key, value in context.items() if value not in (None, {})},
     )
     write_comparison(found, page)
     return found.to_dict()
-
-
-def _differs(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name the first difference."""
-    one, other = before.get(key), now[key]
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in (*one, *other):
-            if one.get(name) != other.get(name):
-                return f"{name}: {one.get(name)!r:.100}, now {other.get(name)!r:.100}"
-    return f"{key}: {one!r:.100}, now {other!r:.100}"
 
 
 def _ratio(dense: dict[str, Any], other: dict[str, Any], key: str) -> float | None:

@@ -15,7 +15,7 @@ from dit_sparse.quality.files import plain
 if TYPE_CHECKING:
     from dit_sparse.video import Frames
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 did not record the whole pipeline
 DENSE, FLOOR = "dense", "floor"
 
 
@@ -49,9 +49,10 @@ class Setup:
         prompts: What to show; each once.
         seeds: Of the noise; each once.
         strategies: Content of each strategy file, by label.
-        call: Everything else that a clip depends on: settings of the call, precision, device,
-            versions, the model's hash.
+        call: Settings of every call, precision, device: for the report.
         fps: Of the files.
+        identity: Everything else that clips and their times depend on, by content: pipeline,
+            versions, machine.
         floor: The dense arm's second attention backend; None: no noise floor.
         metrics: Rows to measure; None: the usual ones.
         every: Costly rows look at every so many frames.
@@ -64,6 +65,7 @@ class Setup:
     strategies: dict[str, dict[str, Any]]
     call: dict[str, Any]
     fps: float
+    identity: dict[str, Any] = field(default_factory=dict)
     floor: str | None = None
     metrics: tuple[str, ...] | None = None
     every: int = 1
@@ -96,11 +98,15 @@ class Setup:
             Job(i, prompt, seed) for i, prompt in enumerate(self.prompts) for seed in self.seeds
         ]
 
+    def shared(self) -> dict[str, Any]:
+        """Give what all clips of a folder must have in common."""
+        return {"call": self.call, "fps": self.fps, "floor": self.floor, **self.identity}
+
     def fingerprint(self, arm: str, job: Job) -> str:
         """Name what a clip depends on."""
         what = {
-            "model": self.model,
             "call": self.call,
+            "identity": self.identity,
             "prompt": job.prompt,
             "seed": job.seed,
             "fps": self.fps,
@@ -120,6 +126,7 @@ class Setup:
             "strategies": self.strategies,
             "call": self.call,
             "fps": self.fps,
+            "identity": self.identity,
             "floor": self.floor,
             "metrics": None if self.metrics is None else list(self.metrics),
             "every": self.every,

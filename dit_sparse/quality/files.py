@@ -1,21 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write text and strict JSON."""
+"""Write text and strict JSON; say in one line where nothing can be written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.quality.errors import QualityInputError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the system's refusal to write below ``place`` (a full disk) into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error).removeprefix(f"{place}: ")
+        raise QualityInputError(
+            f"{place}: cannot be written: {reason}; what was finished before is whole. Free "
+            "space or name another output, and run the same command again"
+        ) from error
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all.
+
+    Raises:
+        QualityInputError: The disk is full, or the folder cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.new")
-    write_text(scratch, text)
-    scratch.replace(path)
+    with writing(path):
+        try:
+            write_text(scratch, text)
+            scratch.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.decode import EXACT_TAG
 from dit_sparse.quality.errors import QualityInputError
+from dit_sparse.quality.files import replace_text, writing
 from dit_sparse.video import difference, encode
 
 if TYPE_CHECKING:
@@ -87,14 +88,15 @@ def record(
         about: Facts to keep in the manifest: prompt, seed, settings.
     """
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {}
-    for label, source in (("dense", dense), ("sparse", sparse)):
-        clip = open_clip(source, f"the {label} clip", fps)
-        files[label] = store(clip, place, label, clip.fps or fps or DEFAULT_FPS)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        for label, source in (("dense", dense), ("sparse", sparse)):
+            clip = open_clip(source, f"the {label} clip", fps)
+            files[label] = store(clip, place, label, clip.fps or fps or DEFAULT_FPS)
     manifest = {"schema_version": 1, "about": about or {}, "files": files}
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-    (place / "manifest.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    replace_text(place / "manifest.json", text + "\n")
     return manifest
 
 

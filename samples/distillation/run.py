@@ -12,6 +12,7 @@ goes on; clips stay in the output folder.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from diffusers import DiffusionPipeline
 
 import dit_sparse
 from dit_sparse.cli.source import SampleDefaults, Settings
+from dit_sparse.identity import pipeline_identity, remember, versions
 from dit_sparse.quality import compare
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -74,6 +76,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=50)
     parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="drop the clips of earlier runs")
     return parser.parse_args()
 
 
@@ -128,20 +131,26 @@ def run_arm(
 ) -> list[dict[str, Any]]:
     """Make and read all clips of an arm that are not there yet."""
     folder = args.output / "clips" / folder_of(name)
+    if args.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     teacher = args.output / "clips" / "teacher"
     defaults = SampleDefaults.read(args.model)
     asked = Settings(num_inference_steps=arm.steps, guidance_scale=None if arm.guided else 1.0)
-    settings, pipe, rows = asked.over(defaults), None, []
+    settings, rows = asked.over(defaults), []
+    pipe = make_pipeline(args.model, arm, args.output, strategy)
+    active = pipe.sparse_attention
+    inputs = {"settings": settings, "versions": versions(), "pipeline": pipeline_identity(pipe)}
+    inputs["strategy"] = active.strategy.to_dict() if active else None
+    if (why := remember(folder / "inputs.json", inputs, "clips")) is not None:
+        raise SystemExit(why)
     for number in range(args.clips):
         stored = folder / f"{number:03}.json"
         if not stored.exists():
-            pipe = pipe or make_pipeline(args.model, arm, args.output, strategy)
             clip, seconds = make_clip(pipe, number, settings)
             np.save(folder / f"{number:03}.npy", clip)
             row = row_of(number, clip, np.load(teacher / f"{number:03}.npy"))
             row["processor_seconds"] = round(seconds, 3)
-            active = pipe.sparse_attention
             row["density"] = round(active.report().density, 4) if active else 1.0
             stored.write_text(json.dumps(row) + "\n")
             print(name, row, flush=True)

@@ -10,6 +10,7 @@ and plots. Stopped, the same command goes on; it takes hours on a CPU.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from models import MODELS
 from strip import draw_strip
 
 from dit_sparse.cli.source import SampleDefaults, Settings
+from dit_sparse.identity import pipeline_identity, remember, versions
 from dit_sparse.strategy_io import write_text
 
 HERE = Path(__file__).parent
@@ -54,6 +56,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
     parser.add_argument("--calibration", type=int, default=2, help="prompts to tune and search on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="drop what an earlier run made")
     parser.add_argument("--tune-only", action="store_true", help="write the strategies and stop")
     return parser.parse_args()
 
@@ -69,6 +72,10 @@ def make_strategies(args: argparse.Namespace, prompts: tuple[str, ...], folder: 
     settings = settings_of(args.model, args.steps)
     store = folder.parent / "measured"
     maker = Maker(args.model, settings, prompts[: args.calibration], store)
+    inputs = {"pipeline": pipeline_identity(maker.pipe), "settings": settings}
+    inputs |= {"prompts": maker.prompts, "versions": versions()}
+    if (why := remember(folder.parent / "inputs.json", inputs, "strategies")) is not None:
+        raise SystemExit(why)
     path = folder / "made.json"
     if path.exists():
         made = Made(**json.loads(path.read_text()))
@@ -150,6 +157,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     prompts = MODELS[args.model.name]
     folder = args.output / args.model.name / "strategies"
+    if args.fresh:
+        shutil.rmtree(folder.parent, ignore_errors=True)
     made = make_strategies(args, prompts.calibration, folder)
     if args.tune_only:
         return

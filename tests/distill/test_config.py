@@ -68,14 +68,14 @@ def test_a_wrong_strategy_is_refused_early(tmp_path, strategy):
         read_config(write(tmp_path, text))
 
 
-def test_the_digest_ignores_what_may_change_on_resuming(tmp_path):
+def test_settings_that_may_change_on_resuming_are_not_fixed(tmp_path):
     one = read_config(write(tmp_path, GOOD))
     longer = read_config(write(tmp_path, GOOD + "train: {iterations: 999}\n"))
     other = read_config(write(tmp_path, GOOD + "seed: 1\n"))
     falling = read_config(write(tmp_path, GOOD + "train: {schedule: cosine}\n"))
     longest = read_config(write(tmp_path, GOOD + "train: {schedule: cosine, iterations: 999}\n"))
-    assert one.digest() == longer.digest()
-    assert len({one.digest(), other.digest(), falling.digest(), longest.digest()}) == 4
+    assert one.fixed() == longer.fixed()
+    assert len({str(each.fixed()) for each in (one, other, falling, longest)}) == 4
 
 
 def test_prompts(tmp_path):
@@ -120,3 +120,25 @@ def test_the_command_refuses_a_model_that_is_not_there(tmp_path, capsys, monkeyp
     text = GOOD.replace("samples/wan-tiny", "nowhere/model") + "device: cpu\n"
     assert main([str(write(tmp_path, text))]) == 1
     assert "model: nowhere/model: cannot be loaded" in capsys.readouterr().err
+
+
+BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "x: " + "[" * 5000 + "]" * 5000, "levels deep"),
+        (GOOD + "x: " + "{a: " * 40 + "1" + "}" * 40, "levels deep"),
+        (GOOD + "x: &x [*x]", "levels deep"),
+        (GOOD + "a0: &a0 [1]\n" + BOMB, "values once its aliases are expanded"),
+        (GOOD + "seed: 2020-99-99", "cannot be read as YAML"),
+        ("[1, 2", "cannot be read as YAML"),
+    ],
+)
+def test_hostile_yaml_is_one_line(tmp_path, capsys, text, words):
+    assert main([str(write(tmp_path, text))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+    assert "Traceback" not in error

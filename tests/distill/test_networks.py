@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three roles on one set of weights: each runs its own adapter and attention."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -65,3 +67,21 @@ def test_half_a_row_of_a_killed_run_is_dropped(tmp_path):
     with Log(tmp_path, columns, 2, 3) as log:
         log.write({"iteration": 3, "student_loss": 0.3})
     assert path.read_text() == "iteration,student_loss\n1,0.5\n2,0.4\n3,0.3\n"
+
+
+def test_a_log_without_room_or_of_something_else_is_one_line(tmp_path):
+    columns = ["iteration", "student_loss"]
+    if Path("/dev/full").exists():
+        (tmp_path / ".log.csv").symlink_to("/dev/full")
+        with pytest.raises(DistillError, match=r"log\.csv: cannot be written: No space left"):
+            Log(tmp_path, columns, 0, 3)
+        (tmp_path / ".log.csv").unlink()
+        with Log(tmp_path, columns, 0, 3) as log:
+            log.path.unlink()
+            log.path.symlink_to("/dev/full")
+            with pytest.raises(DistillError, match=r"log\.csv: cannot be written: No space left"):
+                log.write({"iteration": 1, "student_loss": 0.3})
+        log.path.unlink()
+    (tmp_path / "log.csv").write_text("step,loss\nx,0.5\n")
+    with pytest.raises(DistillError, match=r"log\.csv: is not a log of this training.*delete it"):
+        Log(tmp_path, columns, 2, 3)

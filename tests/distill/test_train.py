@@ -156,10 +156,10 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run(tmp_path, train={"iterations": 1})
-    with pytest.raises(DistillError, match="made with other settings"):
+    with pytest.raises(DistillError, match=r"distill\.eta: 0\.9, now 0\.5; restore them.*--fresh"):
         setup.trainer(tmp_path, train={"iterations": 2}, distill={"eta": 0.5}).run()
     made = setup.trainer(tmp_path, train={"iterations": 2})
-    assert checkpoint.resume(tmp_path / "checkpoints", made.config, made.updates.values()) == 1
+    assert checkpoint.resume(tmp_path / "checkpoints", made.inputs, made.updates.values()) == 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -183,7 +183,7 @@ def test_whole_weights_in_16_bits_train_in_fp32(tmp_path, checkpointing):
         assert moved > len(own) / 2, role
     resumed = setup.trainer(tmp_path, lora=None, train={**train, "iterations": 4})
     folder = tmp_path / "checkpoints"
-    assert checkpoint.resume(folder, resumed.config, resumed.updates.values()) == 3
+    assert checkpoint.resume(folder, resumed.inputs, resumed.updates.values()) == 3
     for role in made.networks.roles:
         pairs = zip(*(m.networks.parameters(role).values() for m in (made, resumed)), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)

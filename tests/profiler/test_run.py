@@ -216,7 +216,7 @@ def test_a_store_of_another_search_is_refused(wan, tmp_path):
     store = Store(tmp_path / "store")
     search(*wan, store=store)
     before = {path.name: path.read_bytes() for path in store.folder.iterdir()}
-    with pytest.raises(ProfileError, match="another candidates"):
+    with pytest.raises(ProfileError, match=r"candidates.*add --fresh"):
         search(*wan, store=store, candidates="radial:block_size=8")
     assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == before
     search(*wan, store=store, candidates="radial:block_size=8", fresh=True)
@@ -232,7 +232,7 @@ def test_a_broken_store_is_refused(wan, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "a.txt").write_text("mine")
-    with pytest.raises(ProfileError, match="not a profiler's"):
+    with pytest.raises(ProfileError, match="not a profiler's; name another"):
         search(*wan, store=Store(full), fresh=True)
     assert (full / "a.txt").read_text() == "mine"
 

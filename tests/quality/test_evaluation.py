@@ -49,7 +49,7 @@ class Fake:
 
 
 def run(root, setup=SETUP, fake=None, **options):
-    place = open_store(root, setup, overwrite=options.get("overwrite", False))
+    place = open_store(root, setup, fresh=options.get("fresh", False))
     fake = fake or Fake()
     list(generate(setup, place, fake, setup.jobs()))
     return place, fake
@@ -123,9 +123,9 @@ def test_more_strategies_and_seeds_reuse_what_is_there(tmp_path):
 def test_other_settings_are_refused_or_made_anew(tmp_path):
     run(tmp_path)
     other = replace(SETUP, call={"steps": 5, "height": 40})
-    with pytest.raises(QualityInputError, match=r"another steps: 4, now 5; name another folder"):
+    with pytest.raises(QualityInputError, match=r"call\.steps: 4, now 5; restore .*--fresh"):
         run(tmp_path, other)
-    _, anew = run(tmp_path, other, overwrite=True)
+    _, anew = run(tmp_path, other, fresh=True)
     assert len(anew.made) == 16
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(QualityInputError, match=r"evaluation\.json: cannot be read"):
@@ -140,7 +140,7 @@ def test_prompts_that_changed_places_are_not_mixed_up(tmp_path):
 
 
 def test_jobs_split_over_processes_cover_everything_once(tmp_path):
-    place = open_store(tmp_path, SETUP, overwrite=False)
+    place = open_store(tmp_path, SETUP)
     fakes = [Fake() for _ in range(3)]
     for rank, fake in enumerate(fakes):
         list(generate(SETUP, place, fake, SETUP.jobs()[rank::3]))

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_sparse.quality.errors import QualityInputError
-from dit_sparse.quality.files import write_json, write_text
+from dit_sparse.quality.files import write_json, write_text, writing
 from dit_sparse.quality.report import comparison, evaluation, markdown
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dit_sparse.quality.compare import Comparison
     from dit_sparse.quality.summary import Summary
 
@@ -45,8 +48,7 @@ def write_comparison(found: Comparison, folder: str | Path) -> list[str]:
     Everything is made in a hidden folder and moved when all is there, ``report.html`` last.
     """
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=place) as name:
+    with writing(place), _scratch(place) as name:
         scratch = Path(name)
         write_json(scratch / "report.json", found.to_dict())
         write_text(scratch / "report.md", markdown.comparison(found))
@@ -57,12 +59,20 @@ def write_comparison(found: Comparison, folder: str | Path) -> list[str]:
 def write_evaluation(found: Summary, folder: str | Path) -> list[str]:
     """Write the report of an evaluation into its folder; give the names of its files."""
     place = Path(folder)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=place) as name:
+    with writing(place), _scratch(place) as name:
         scratch = Path(name)
         write_json(scratch / "report.json", found.to_dict())
         write_text(scratch / "report.md", evaluation.markdown(found))
         write_text(scratch / "report.html", evaluation.page(found, place, scratch))
         return publish(scratch, place)
+
+
+@contextlib.contextmanager
+def _scratch(place: Path) -> Iterator[str]:
+    """Make a hidden folder in ``place``, and make that too."""
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=place) as name:
+        yield name
 
 
 def publish(scratch: Path, place: Path) -> list[str]:

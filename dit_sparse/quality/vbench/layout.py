@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.errors import QualityInputError
-from dit_sparse.quality.files import write_json
+from dit_sparse.quality.files import write_json, writing
 from dit_sparse.quality.record import DEFAULT_FPS, write_preview
 from dit_sparse.quality.vbench.dimensions import LONG_SECONDS
 from dit_sparse.reading import load_json
@@ -63,7 +63,8 @@ def export(
         raise QualityInputError("no clips to export")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise QualityInputError(f"{place}: must be a new or an empty folder; name another one")
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
     names = file_names([item.prompt for item in items])
     files: dict[str, Any] = {}
     for number, (item, name) in enumerate(zip(items, names, strict=True)):
@@ -71,7 +72,8 @@ def export(
         if clip.frames < 2:
             raise QualityInputError(f"{clip.name}: is an image; VBench measures videos")
         rate = clip.fps or fps or DEFAULT_FPS
-        write_preview(place / name, clip.read(), rate, crf=CRF)
+        with writing(place / name):
+            write_preview(place / name, clip.read(), rate, crf=CRF)
         files[name] = {
             "prompt": item.prompt,
             "seed": item.seed,
@@ -93,7 +95,8 @@ def export(
         "suite": "VBench-Long" if longest >= LONG_SECONDS else "VBench",
         "files": files,
     }
-    write_json(place / MANIFEST, manifest)
+    with writing(place / MANIFEST):
+        write_json(place / MANIFEST, manifest)
     return manifest
 
 
@@ -132,7 +135,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = load_json(path)
         files = found["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QualityInputError(
             f"{path}: cannot be read: {error}; make the folder with 'dit-sparse vbench export'"
         ) from error
