@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line on real pipelines: what it writes, what it says, how it refuses."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
@@ -611,3 +613,29 @@ def test_the_speed_up_is_said_plainly(total, words):
     assert r"x 3: a \[mask]" in said
     assert "up to 2 levels of 255" in said
     assert ("By processor time it is 0.50x" in said) == (abs(0.5 / total - 1) > 0.05)
+
+
+@pytest.mark.parametrize("name", [None, "out/report.json"])
+def test_a_full_disk_is_one_line_wherever_it_is_met(capsys, name):
+    from dit_sparse.cli.console import guarded
+
+    def command():
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    with pytest.raises(typer.Exit) as stopped:
+        guarded(command)()
+    assert stopped.value.exit_code == 2
+    said = capsys.readouterr().err
+    where = "" if name is None else f"{name}: "
+    assert said.startswith(f"error: {where}No space left on device; free space")
+    assert said.count("\n") == 1
+
+
+def test_other_faults_of_ours_keep_their_traceback():
+    from dit_sparse.cli.console import guarded
+
+    def command():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
+
+    with pytest.raises(FileNotFoundError):
+        guarded(command)()

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         if accelerator.is_main_process:
             sys.stderr.write(f"result: {result}\n")
     except DitSparseError as error:
-        sys.stderr.write(f"error: {visible(str(error))}\n")
+        line = "; ".join(part.strip() for part in str(error).splitlines() if part.strip())
+        sys.stderr.write(f"error: {visible(line)}\n")
         return 1
     return 0
 
