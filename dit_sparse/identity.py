@@ -74,7 +74,7 @@ def weights_digest(model: nn.Module) -> str:
     """Hash all parameters and buffers of a model by name, dtype, shape and bytes."""
     state = sorted(model.state_dict().items())
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda item: tensor_digest(_resident(model, *item)), state)
+        digests = pool.map(lambda item: _entry_digest(model, *item), state)
         return _hash(dict(zip((key for key, _ in state), digests, strict=True)))
 
 
@@ -263,10 +263,15 @@ def _is_file(text: str) -> bool:
         return False
 
 
+def _entry_digest(model: nn.Module, name: str, value: Any) -> str:
+    """Hash one entry of a state dict; quantizers put more than tensors there."""
+    if not isinstance(value, Tensor):
+        return text_digest(value)
+    return tensor_digest(_resident(model, name, value) if value.is_meta else value)
+
+
 def _resident(model: nn.Module, name: str, value: Tensor) -> Tensor:
     """Find the numbers of a weight that accelerate keeps elsewhere (sequential offload)."""
-    if value.device.type != "meta":
-        return value
     path, _, leaf = name.rpartition(".")
     hook = getattr(model.get_submodule(path), "_hf_hook", None)
     for one in (hook, *getattr(hook, "hooks", ())):

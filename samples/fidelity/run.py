@@ -74,7 +74,7 @@ def make_strategies(args: argparse.Namespace, prompts: tuple[str, ...], folder: 
     maker = Maker(args.model, settings, prompts[: args.calibration], store)
     inputs = {"pipeline": pipeline_identity(maker.pipe), "settings": settings}
     inputs |= {"prompts": maker.prompts, "versions": versions()}
-    if (why := remember(folder.parent / "inputs.json", inputs, "strategies")) is not None:
+    if (why := remember(folder / "inputs.json", inputs, "strategies")) is not None:
         raise SystemExit(why)
     path = folder / "made.json"
     if path.exists():

@@ -224,7 +224,7 @@ def test_a_store_holds_for_one_wish(wan, tmp_path):
     first = search(*wan, sequential="bands", store=store)
     again = search(*wan, sequential="bands", store=store)
     assert again.strategy == first.strategy
-    with pytest.raises(ProfileError, match=r"wish\.target: 0\.1, now 0\.2.*--fresh"):
+    with pytest.raises(ProfileError, match=r"wish\.target: 0\.5, now 0\.2.*--fresh"):
         search(*wan, sequential="bands", store=store, wish=Wish(target=0.2))
 
 

@@ -127,6 +127,9 @@ def test_a_strategy_is_named_by_what_was_asked_for_and_written_once(tmp_path, mo
 
         asked: ClassVar[list] = []
 
+        pipe, _ = tiny.wan()
+        prompts = ("a",)
+
         def __init__(self, *_):
             self.video_share = 0.8
 
@@ -153,6 +156,9 @@ def test_a_strategy_is_named_by_what_was_asked_for_and_written_once(tmp_path, mo
     assert [(m, pytest.approx(d)) for m, d in Maker.asked] == [
         ("pooled", 0.6), ("radial", 0.6), ("pooled", 0.3), ("radial", 0.3)
     ]  # fmt: skip
+    Maker.pipe.scheduler.register_to_config(flow_shift=9.0)
+    with pytest.raises(SystemExit, match=r"scheduler\.config\.flow_shift: .*, now 9\.0.*--fresh"):
+        run.make_strategies(args, ("a",), tmp_path)
 
 
 def test_what_a_strategy_is_made_of_is_counted_by_head_layer_and_step():
