@@ -138,7 +138,7 @@ def test_bad_outputs(wan, tmp_path, name, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"", "holds no prompt"), (b"# only this\n \n", "holds no prompt"),
-     (b"\xff\xfe\x00abc", "not UTF-8"), (b"a\x00b", "not a text file")],
+     (b"\xff\xfe\x00abc", "not UTF-8"), (b"a\x00b", "line 1: control character")],
 )  # fmt: skip
 def test_bad_prompt_files(wan, tmp_path, content, words):
     path = tmp_path / "prompts.txt"
