@@ -456,7 +456,7 @@ class SparseEngine:
 
     @staticmethod
     def _dense_name(site: Site) -> str:
-        backend = getattr(site.module.processor, "_attention_backend", None)
+        backend = getattr(site.processor, "_attention_backend", None)
         return "model's own" if backend is None else f"model's own ({backend})"
 
     def report(self) -> Report:

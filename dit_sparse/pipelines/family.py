@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     Reader = Callable[[Any, dict[str, Any]], Shape | None]
 
 
+# What torch.compile, FSDP and activation checkpointing put around a module within a model.
+WRAPPERS = re.compile(r"\._(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(?=\.|$)")
+
+
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Make a tensor that has a shape and no data."""
     return torch.empty(size, dtype=dtype, device="meta")
@@ -141,12 +145,10 @@ class Family:
 
     def attention_modules(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """List the main self-attention modules in the order of their layers."""
+        # A wrapped module has two paths that are one without the wrapper: the inner one counts.
+        paths = {WRAPPERS.sub("", path): each for path, each in transformer.named_modules()}
         pattern = re.compile(self.attention)
-        found = [
-            (path, module)
-            for path, module in transformer.named_modules()
-            if pattern.fullmatch(path)
-        ]
+        found = [(path, module) for path, module in paths.items() if pattern.fullmatch(path)]
         if not found:
             raise UnsupportedError(
                 f"{type(transformer).__name__} has no module that matches {self.attention!r}; "

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import taps
 from dit_sparse.pipelines.site import HERE
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Self
 
     from dit_sparse.pipelines.clock import Clock
     from dit_sparse.pipelines.family import Family, Shape
@@ -70,6 +72,10 @@ class Forward:
         finally:
             HERE.shape = None
 
+    def __get__(self, instance: Any, owner: Any = None) -> Self:
+        """Bind like the bound method that it stands for: it is bound already (cache-dit)."""
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model has the forward that it had without us."""
         return _same, (self.inner,)
@@ -85,6 +91,12 @@ class Before:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the pass that begins; a graph does so in ``Forward``."""
         if not torch.compiler.is_compiling():
+            if getattr(module, "_is_replica", False):
+                raise AttachError(
+                    f"{type(module).__name__}: DataParallel copied the model to several GPUs, but "
+                    "sparse attention serves one copy in a process: give DataParallel one GPU "
+                    "(device_ids=[0]), or start one process a GPU (docs/several-gpus.md)"
+                )
             self.root.settle(module)
             self.root.note(module, args, kwargs)
             self.root.noted = True
@@ -101,7 +113,7 @@ class Root:
         """Put both hooks on; hold the listener weakly: a model keeps no pipeline alive."""
         self._listener = weakref.ref(listener)
         self.family = family
-        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.names = _argument_names(type(module))
         self.live, self.noted = True, False
         self.forward: Forward
         self._outermost: Any = None
@@ -165,6 +177,17 @@ class Root:
         self.live = False  # for a Forward that must stay where it is
         self._hook.remove()
         self.unwrap(module)
+
+
+def _argument_names(cls: type) -> list[str]:
+    """Name the arguments of ``forward``: a subclass's may only pass on what it is given."""
+    parameters: list[inspect.Parameter] = []
+    for each in cls.__mro__:
+        if "forward" in vars(each):
+            parameters = list(inspect.signature(vars(each)["forward"]).parameters.values())[1:]
+            if all(one.kind is not inspect.Parameter.VAR_POSITIONAL for one in parameters):
+                break
+    return [one.name for one in parameters]
 
 
 def _same(inner: Any) -> Any:

@@ -88,6 +88,13 @@ class Site:
         return engine
 
     @property
+    def processor(self) -> Any:
+        """The object whose code calls attention: the module's processor, or one it holds."""
+        processor = self.module.processor
+        inner = (each for each in held(processor).values() if is_derived(each))
+        return processor if is_derived(processor) else next(inner, processor)
+
+    @property
     def alive(self) -> bool:
         """Whether the pipeline that attached this site still exists."""
         return self._engine() is not None
@@ -98,6 +105,17 @@ class Site:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled model is a plain one."""
         return type(None), ()
+
+
+def held(processor: Any) -> dict[str, Any]:
+    """Name the attributes of a processor object, submodules included."""
+    own = getattr(processor, "__dict__", {})
+    return {**own, **own.get("_modules", {})}
+
+
+def is_derived(processor: Any) -> bool:
+    """Tell whether an object has a class that ``processors.derive`` made."""
+    return "stock" in vars(type(processor))
 
 
 def seq_second(query: Tensor, seq_axis: int) -> Tensor:
@@ -130,7 +148,7 @@ def compute(
         dense: The model's own attention call, taking and giving its own layout; keywords change
             what it passes on.
     """
-    config = getattr(site.module.processor, "_parallel_config", None)
+    config = getattr(site.processor, "_parallel_config", None)
     if config is not None and seq_axis == 1:
         return _compute_share(site, query, key, value, mask, shape, scale, dense, config)
 
@@ -191,7 +209,7 @@ def attend_operator(
 ) -> Tensor:
     """Compute one call from within a compiled graph; opaque to the compiler."""
     here = _SITES[int(site)]
-    processor = here.module.processor
+    processor = here.processor
 
     def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
         options: dict[str, Any] = {"attn_mask": mask}
@@ -200,7 +218,7 @@ def attend_operator(
         if seq_axis == 1:
             options["backend"] = getattr(processor, "_attention_backend", None)
             options["parallel_config"] = getattr(processor, "_parallel_config", None)
-        result: Tensor = type(processor).dense(q, k, v, **options | changed)
+        result: Tensor = processor.attention()(q, k, v, **options | changed)
         return result
 
     frames, height, width, text = shape
