@@ -209,7 +209,7 @@ class SparseEngine:
         if HERE.declined is not None:
             raise Decline(HERE.declined)
         if shape is None:
-            raise Decline("the token grid of this pass is not known")
+            raise Decline(HERE.unplaced)
         if min(query.shape) < 1 or min(shape[:3]) < 1:
             raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
         grid = stage.family.grid(shape, query.shape[1])

@@ -65,11 +65,11 @@ def _reroute(find: Find, seq_axis: int) -> Attention:
         )
         if site is None or other:
             return original(query, key, value, *args, **kwargs)
-        scale = kwargs.get("scale")
+        scale, shape = kwargs.get("scale"), HERE.shape
+        placed, known = (shape, None) if isinstance(shape, Tensor) else (None, shape)
         if torch.compiler.is_compiling():
-            shape = list(HERE.shape or (0, 0, 0, 0))
             compiled: Tensor = attend_operator(
-                query, key, value, mask, site.id, shape, scale, seq_axis
+                query, key, value, mask, site.id, known or [0] * 4, scale, seq_axis, placed
             )
             return compiled
 
@@ -79,7 +79,7 @@ def _reroute(find: Find, seq_axis: int) -> Attention:
 
         HERE.declined = _watched()
         try:
-            return compute(site, query, key, value, mask, HERE.shape, scale, seq_axis, dense)
+            return compute(site, query, key, value, mask, known, scale, seq_axis, dense)
         finally:
             HERE.declined = None
 

@@ -44,12 +44,16 @@ class Engine(Protocol):
         """Compute one call; every tensor and the result ``[batch, seq_len, heads, head_dim]``."""
 
 
+UNPLACED = "the token grid of this pass is not known"
+
+
 class _Here(threading.local):
     """What this thread is running now; a ContextVar's ``set`` would break fullgraph."""
 
     def __init__(self) -> None:
         self.site: Site | None = None
-        self.shape: Shape | None = None
+        self.shape: Shape | Tensor | None = None  # a tensor within a graph: see place_operator
+        self.unplaced = UNPLACED  # why the shape is None
         self.share: parallel.Share | None = None  # the heads of this call, where it has not all
         self.declined: str | None = None  # why this call must stay the model's own
 
@@ -206,8 +210,12 @@ def attend_operator(
     shape: list[int],
     scale: float | None,
     seq_axis: int,
+    placed: Tensor | None = None,
 ) -> Tensor:
-    """Compute one call from within a compiled graph; opaque to the compiler."""
+    """Compute one call from within a compiled graph; opaque to the compiler.
+
+    ``placed`` holds the shape where it was read from values, on the CPU.
+    """
     here = _SITES[int(site)]
     processor = here.processor
 
@@ -221,7 +229,7 @@ def attend_operator(
         result: Tensor = processor.attention()(q, k, v, **options | changed)
         return result
 
-    frames, height, width, text = shape
+    frames, height, width, text = shape if placed is None else placed.tolist()
     known = None if frames == 0 else (frames, height, width, text)
     result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
     # An operator's result may not share memory with its arguments, and must be contiguous like
@@ -239,5 +247,6 @@ def _(
     shape: list[int],  # noqa: ARG001
     scale: float | None,  # noqa: ARG001
     seq_axis: int,  # noqa: ARG001
+    placed: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
