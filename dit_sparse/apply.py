@@ -21,11 +21,11 @@ from dit_sparse.backends import Backends
 from dit_sparse.engine import SparseEngine, Stage
 from dit_sparse.errors import AttachError, StrategyError, UnsupportedError
 from dit_sparse.guarantee import Guarantee
-from dit_sparse.pipelines import ALL, family_of, hooks, parallel, unwrap
+from dit_sparse.pipelines import ALL, family_of, hooks, known_class, parallel, unwrap
 from dit_sparse.pipelines.attached import clear, sites_of
 from dit_sparse.pipelines.clock import Clock
 from dit_sparse.pipelines.family import heads_of
-from dit_sparse.pipelines.processors import SITE, adopt, derive, release, stock_class
+from dit_sparse.pipelines.processors import SITE, adopt, bearer, release
 from dit_sparse.pipelines.shared_report import merged
 from dit_sparse.pipelines.site import Site
 from dit_sparse.pipelines.trained import trained_sparse
@@ -83,10 +83,10 @@ class SparseAttention(SparseEngine):
                 warnings.warn(known, stacklevel=4)
             parallel.check(model, heads[name], getattr(model, "_parallel_config", None))
             for layer, (path, module) in enumerate(modules):
-                derive(stock_class(module))  # raises before anything is changed
+                bearer(module)  # raises before anything is changed
                 places.append((module, f"{name}.{path}", layer, name))
             for remark in strategy.validate_for(
-                type(model).__name__,
+                known_class(model),
                 num_layers=len(modules),
                 num_heads=heads[name],
                 stages=tuple(self._models),
@@ -122,8 +122,8 @@ class SparseAttention(SparseEngine):
         """Give newly set processors their derived class (fused QKV, adapters set since)."""
         for site in self._sites:
             with suppress(ReferenceError):  # one of two transformers may have been freed
-                if adopt(site.module):
-                    self._derived.add(site.module.processor)
+                if (processor := adopt(site.module)) is not None:
+                    self._derived.add(processor)
 
     def at(self, step: int, num_steps: int, branch: str = "cond") -> None:
         """Tell the time by hand, for a loop around a bare transformer.

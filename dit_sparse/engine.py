@@ -209,7 +209,7 @@ class SparseEngine:
         if HERE.declined is not None:
             raise Decline(HERE.declined)
         if shape is None:
-            raise Decline("the token grid of this pass is not known")
+            raise Decline(HERE.unplaced)
         if min(query.shape) < 1 or min(shape[:3]) < 1:
             raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
         grid = stage.family.grid(shape, query.shape[1])
@@ -456,7 +456,7 @@ class SparseEngine:
 
     @staticmethod
     def _dense_name(site: Site) -> str:
-        backend = getattr(site.module.processor, "_attention_backend", None)
+        backend = getattr(site.processor, "_attention_backend", None)
         return "model's own" if backend is None else f"model's own ({backend})"
 
     def report(self) -> Report:

@@ -44,12 +44,16 @@ class Engine(Protocol):
         """Compute one call; every tensor and the result ``[batch, seq_len, heads, head_dim]``."""
 
 
+UNPLACED = "the token grid of this pass is not known"
+
+
 class _Here(threading.local):
     """What this thread is running now; a ContextVar's ``set`` would break fullgraph."""
 
     def __init__(self) -> None:
         self.site: Site | None = None
-        self.shape: Shape | None = None
+        self.shape: Shape | Tensor | None = None  # a tensor within a graph: see place_operator
+        self.unplaced = UNPLACED  # why the shape is None
         self.share: parallel.Share | None = None  # the heads of this call, where it has not all
         self.declined: str | None = None  # why this call must stay the model's own
 
@@ -88,6 +92,13 @@ class Site:
         return engine
 
     @property
+    def processor(self) -> Any:
+        """The object whose code calls attention: the module's processor, or one it holds."""
+        processor = self.module.processor
+        inner = (each for each in held(processor).values() if is_derived(each))
+        return processor if is_derived(processor) else next(inner, processor)
+
+    @property
     def alive(self) -> bool:
         """Whether the pipeline that attached this site still exists."""
         return self._engine() is not None
@@ -98,6 +109,17 @@ class Site:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled model is a plain one."""
         return type(None), ()
+
+
+def held(processor: Any) -> dict[str, Any]:
+    """Name the attributes of a processor object, submodules included."""
+    own = getattr(processor, "__dict__", {})
+    return {**own, **own.get("_modules", {})}
+
+
+def is_derived(processor: Any) -> bool:
+    """Tell whether an object has a class that ``processors.derive`` made."""
+    return "stock" in vars(type(processor))
 
 
 def seq_second(query: Tensor, seq_axis: int) -> Tensor:
@@ -130,7 +152,7 @@ def compute(
         dense: The model's own attention call, taking and giving its own layout; keywords change
             what it passes on.
     """
-    config = getattr(site.module.processor, "_parallel_config", None)
+    config = getattr(site.processor, "_parallel_config", None)
     if config is not None and seq_axis == 1:
         return _compute_share(site, query, key, value, mask, shape, scale, dense, config)
 
@@ -188,10 +210,14 @@ def attend_operator(
     shape: list[int],
     scale: float | None,
     seq_axis: int,
+    placed: Tensor | None = None,
 ) -> Tensor:
-    """Compute one call from within a compiled graph; opaque to the compiler."""
+    """Compute one call from within a compiled graph; opaque to the compiler.
+
+    ``placed`` holds the shape where it was read from values, on the CPU.
+    """
     here = _SITES[int(site)]
-    processor = here.module.processor
+    processor = here.processor
 
     def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
         options: dict[str, Any] = {"attn_mask": mask}
@@ -200,10 +226,10 @@ def attend_operator(
         if seq_axis == 1:
             options["backend"] = getattr(processor, "_attention_backend", None)
             options["parallel_config"] = getattr(processor, "_parallel_config", None)
-        result: Tensor = type(processor).dense(q, k, v, **options | changed)
+        result: Tensor = processor.attention()(q, k, v, **options | changed)
         return result
 
-    frames, height, width, text = shape
+    frames, height, width, text = shape if placed is None else placed.tolist()
     known = None if frames == 0 else (frames, height, width, text)
     result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
     # An operator's result may not share memory with its arguments, and must be contiguous like
@@ -221,5 +247,6 @@ def _(
     shape: list[int],  # noqa: ARG001
     scale: float | None,  # noqa: ARG001
     seq_axis: int,  # noqa: ARG001
+    placed: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

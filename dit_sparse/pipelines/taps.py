@@ -84,7 +84,7 @@ class ParallelTap(_Tap):
         module: Any = self._module()
         parallel.check(module, self._heads, config, cp_plan)
         outermost = self._root.unwrap(module)
-        if not outermost and self._root.family.shape_input is not None:
+        if not outermost and self._root.family.shape_inputs:
             raise AttachError(
                 f"{type(module).__name__}: something wraps its forward since sparse attention was "
                 "enabled, so enable_parallelism must come first: disable sparse attention, enable "
