@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dit_sparse.backends import Backends
-from dit_sparse.engine import SparseEngine, Stage
+from dit_sparse.describe import Stage
+from dit_sparse.engine import SparseEngine
 from dit_sparse.errors import AttachError, StrategyError, UnsupportedError
 from dit_sparse.guarantee import Guarantee
 from dit_sparse.pipelines import ALL, family_of, hooks, known_class, parallel, unwrap
@@ -93,15 +94,14 @@ class SparseAttention(SparseEngine):
                 config_hash=config_hash(model.config),
             ):
                 warnings.warn(remark, stacklevel=4)
-        # Weakly: the pipeline holds this handle.
-        clock = Clock(None if bare else weakref.proxy(target), scheduler)
+        clock = Clock(None if bare else target, scheduler)
         backends = Backends(kernel)
         super().__init__(
             strategy, backends, clock, stages, strict=strict, probe=probe, guarantee=guarantee
         )
         self.target_name = type(unwrap(target) if bare else target).__name__
         self.removed = False
-        clock.start()
+        self._schedule = getattr(clock.scheduler, "timesteps", None)
         self._sites: list[Site] = []
         self._derived: weakref.WeakSet[Any] = weakref.WeakSet()
         try:
@@ -126,7 +126,7 @@ class SparseAttention(SparseEngine):
                     self._derived.add(processor)
 
     def at(self, step: int, num_steps: int, branch: str = "cond") -> None:
-        """Tell the time by hand, for a loop around a bare transformer.
+        """Set the current step by hand, for a loop around a bare transformer in this thread.
 
         Args:
             step: 0-based step of the passes that follow; a smaller one than before starts a new
@@ -136,7 +136,7 @@ class SparseAttention(SparseEngine):
         """
         if not 0 <= step < num_steps:
             raise ValueError(f"step must lie in [0, num_steps = {num_steps}), got {step}")
-        self.clock.fixed = (step, num_steps, branch)
+        self.set_step(step, num_steps, branch)
 
     def remark_on_sharing(self) -> None:
         """Warn where the strategy does otherwise on several processes than on one."""
@@ -176,8 +176,8 @@ class SparseAttention(SparseEngine):
                 site.module.__dict__.pop(SITE, None)
         for processor in self._derived:  # those that fused QKV put aside, too
             release(processor)
-        self.end_generation()
-        self.memory.shared.clear()
+        self.run.end()
+        self._shared = {}
 
     def __enter__(self) -> Self:
         """Already attached."""

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Self
 
-    from dit_sparse.pipelines.clock import Clock
     from dit_sparse.pipelines.family import Family, Shape
 
 ROOT = "_dit_sparse_root"
@@ -37,7 +36,8 @@ REGISTRY = "_diffusers_hook"
 class Listener(Protocol):
     """What the hooks report to; ``apply.py`` has the one implementation."""
 
-    clock: Clock
+    def begin_pass(self, timestep: Any) -> Any:
+        """Find out whose pass begins and when; see ``run.Pass``."""
 
     def adopt(self) -> None:
         """Look whether somebody exchanged processors since the last pass."""
@@ -82,13 +82,14 @@ class Forward:
             output = self.inner(*args, **kwargs)
             HERE.shape = None
             return output
-        if root.live and not root.noted:  # somebody called forward itself, past the pre-hook
+        if root.live and not HERE.noted:  # somebody called forward itself, past the pre-hook
             root.note(self.module, args, kwargs)
-        root.noted = False
+        HERE.noted = False
         try:
             return self.inner(*args, **kwargs)
         finally:
-            HERE.shape, HERE.unplaced = None, UNPLACED
+            HERE.shape = HERE.passing = None
+            HERE.unplaced = UNPLACED
 
     def __get__(self, instance: Any, owner: Any = None) -> Self:
         """Bind like the bound method that it stands for: it is bound already (cache-dit)."""
@@ -106,9 +107,14 @@ class Before:
         """Report to ``root``."""
         self.root = root
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the pass that begins; a graph does so in ``Forward``."""
-        if not torch.compiler.is_compiling():
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Note the pass that begins; a graph does so in ``Forward``.
+
+        Without ``kwargs``: another thread has just taken the hook off.
+        """
+        if not torch.compiler.is_compiling() and kwargs is not None:
             if getattr(module, "_is_replica", False):
                 raise AttachError(
                     f"{type(module).__name__}: DataParallel copied the model to several GPUs, but "
@@ -117,7 +123,7 @@ class Before:
                 )
             self.root.settle(module)
             self.root.note(module, args, kwargs)
-            self.root.noted = True
+            HERE.noted = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In a copied or pickled model it does nothing."""
@@ -132,7 +138,7 @@ class Root:
         self._listener = weakref.ref(listener)
         self.family = family
         self.names = _argument_names(type(module))
-        self.live, self.noted = True, False
+        self.live = True
         self.forward: Forward
         self._outermost: Any = None
         self.number = next(_NUMBERS)
@@ -180,7 +186,7 @@ class Root:
         HERE.shape, HERE.unplaced = self.place(module, inputs)
         listener = self._listener()
         if listener is not None:
-            listener.clock.timestep = inputs.get(self.family.timestep)
+            HERE.passing = listener.begin_pass(inputs.get(self.family.timestep))
             listener.adopt()
 
     def place(self, module: Any, inputs: dict[str, Any]) -> tuple[Shape | None, str]:

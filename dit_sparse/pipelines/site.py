@@ -11,17 +11,17 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from dit_sparse.pipelines.family import Shape
@@ -43,6 +43,9 @@ class Engine(Protocol):
     ) -> Tensor:
         """Compute one call; every tensor and the result ``[batch, seq_len, heads, head_dim]``."""
 
+    def begin_pass(self, timestep: Any) -> Any:
+        """Find out whose pass it is and when; see ``run.Pass``."""
+
 
 UNPLACED = "the token grid of this pass is not known"
 
@@ -56,6 +59,9 @@ class _Here(threading.local):
         self.unplaced = UNPLACED  # why the shape is None
         self.share: parallel.Share | None = None  # the heads of this call, where it has not all
         self.declined: str | None = None  # why this call must stay the model's own
+        self.passing: Any = None  # the transformer's pass: when, and whose run (``run.Pass``)
+        self.noted = False  # a pre-hook saw this pass begin
+        self.told: tuple[Any, dict[str, Any]] | None = None  # of ``cache_context``: to whom, what
 
 
 HERE = _Here()
@@ -63,6 +69,11 @@ HERE = _Here()
 # table holds weak references, so it neither keeps a pipeline alive nor needs clearing.
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 _IDS = itertools.count()
+# By the sequence's axis: what processors call where nobody asked for anything else.
+_STOCK: dict[int, Callable[..., Tensor]] = {
+    1: attention_dispatch.dispatch_attention_fn,
+    2: torch.nn.functional.scaled_dot_product_attention,
+}
 
 
 class Site:
@@ -102,6 +113,20 @@ class Site:
     def alive(self) -> bool:
         """Whether the pipeline that attached this site still exists."""
         return self._engine() is not None
+
+    @property
+    def dense_name(self) -> str:
+        """Name what computes a call that stays dense: the model's own, and its backend if set."""
+        processor = self.processor
+        backend = getattr(processor, "_attention_backend", None)
+        if backend is None and hasattr(processor, "_attention_backend"):  # it dispatches
+            backend = attention_dispatch._AttentionBackendRegistry._active_backend  # noqa: SLF001
+            backend = None if backend == attention_dispatch.DIFFUSERS_ATTN_BACKEND else backend
+        return (
+            "model's own"
+            if backend is None
+            else f"model's own ({getattr(backend, 'value', backend)})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model is a plain one: its modules carry no site."""
@@ -200,6 +225,19 @@ def _compute_share(
     return parallel.exchange(core, alone, query, key, value, mask, scale, config, shape)
 
 
+def _stock(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    seq_axis: int,
+) -> Tensor:
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    result: Tensor = _STOCK[seq_axis](query, key, value, attn_mask=mask, **options)
+    return result.contiguous()
+
+
 @torch.library.custom_op("dit_sparse::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_operator(
     query: Tensor,
@@ -216,7 +254,9 @@ def attend_operator(
 
     ``placed`` holds the shape where it was read from values, on the CPU.
     """
-    here = _SITES[int(site)]
+    here = _SITES.get(int(site))
+    if here is None:  # another thread took sparse attention off in the middle of this pass
+        return _stock(query, key, value, mask, scale, seq_axis)
     processor = here.processor
 
     def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
@@ -226,12 +266,20 @@ def attend_operator(
         if seq_axis == 1:
             options["backend"] = getattr(processor, "_attention_backend", None)
             options["parallel_config"] = getattr(processor, "_parallel_config", None)
-        result: Tensor = processor.attention()(q, k, v, **options | changed)
+        # Another thread may have taken it off likewise.
+        stock = processor.attention() if is_derived(processor) else _STOCK[seq_axis]
+        result: Tensor = stock(q, k, v, **options | changed)
         return result
 
     frames, height, width, text = shape if placed is None else placed.tolist()
     known = None if frames == 0 else (frames, height, width, text)
-    result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
+    engine, before = here.engine, HERE.passing
+    if before is None or before.engine is not engine:  # the whole model is a graph
+        HERE.passing = engine.begin_pass(None)
+    try:
+        result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
+    finally:
+        HERE.passing = before
     # An operator's result may not share memory with its arguments, and must be contiguous like
     # the fake one.
     return result.clone() if result.data_ptr() == query.data_ptr() else result.contiguous()
