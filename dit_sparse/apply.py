@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dit_sparse.backends import Backends
-from dit_sparse.engine import SparseEngine, Stage
+from dit_sparse.describe import Stage
+from dit_sparse.engine import SparseEngine
 from dit_sparse.errors import AttachError, StrategyError, UnsupportedError
 from dit_sparse.guarantee import Guarantee
-from dit_sparse.pipelines import ALL, family_of, hooks, parallel, unwrap
+from dit_sparse.pipelines import ALL, family_of, hooks, known_class, parallel, unwrap
 from dit_sparse.pipelines.attached import clear, sites_of
 from dit_sparse.pipelines.clock import Clock
 from dit_sparse.pipelines.family import heads_of
-from dit_sparse.pipelines.processors import SITE, adopt, derive, release, stock_class
+from dit_sparse.pipelines.processors import SITE, adopt, bearer, release
 from dit_sparse.pipelines.shared_report import merged
 from dit_sparse.pipelines.site import Site
 from dit_sparse.pipelines.trained import trained_sparse
@@ -83,25 +84,24 @@ class SparseAttention(SparseEngine):
                 warnings.warn(known, stacklevel=4)
             parallel.check(model, heads[name], getattr(model, "_parallel_config", None))
             for layer, (path, module) in enumerate(modules):
-                derive(stock_class(module))  # raises before anything is changed
+                bearer(module)  # raises before anything is changed
                 places.append((module, f"{name}.{path}", layer, name))
             for remark in strategy.validate_for(
-                type(model).__name__,
+                known_class(model),
                 num_layers=len(modules),
                 num_heads=heads[name],
                 stages=tuple(self._models),
                 config_hash=config_hash(model.config),
             ):
                 warnings.warn(remark, stacklevel=4)
-        # Weakly: the pipeline holds this handle.
-        clock = Clock(None if bare else weakref.proxy(target), scheduler)
+        clock = Clock(None if bare else target, scheduler)
         backends = Backends(kernel)
         super().__init__(
             strategy, backends, clock, stages, strict=strict, probe=probe, guarantee=guarantee
         )
         self.target_name = type(unwrap(target) if bare else target).__name__
         self.removed = False
-        clock.start()
+        self._schedule = getattr(clock.scheduler, "timesteps", None)
         self._sites: list[Site] = []
         self._derived: weakref.WeakSet[Any] = weakref.WeakSet()
         try:
@@ -122,11 +122,11 @@ class SparseAttention(SparseEngine):
         """Give newly set processors their derived class (fused QKV, adapters set since)."""
         for site in self._sites:
             with suppress(ReferenceError):  # one of two transformers may have been freed
-                if adopt(site.module):
-                    self._derived.add(site.module.processor)
+                if (processor := adopt(site.module)) is not None:
+                    self._derived.add(processor)
 
     def at(self, step: int, num_steps: int, branch: str = "cond") -> None:
-        """Tell the time by hand, for a loop around a bare transformer.
+        """Set the current step by hand, for a loop around a bare transformer in this thread.
 
         Args:
             step: 0-based step of the passes that follow; a smaller one than before starts a new
@@ -136,7 +136,7 @@ class SparseAttention(SparseEngine):
         """
         if not 0 <= step < num_steps:
             raise ValueError(f"step must lie in [0, num_steps = {num_steps}), got {step}")
-        self.clock.fixed = (step, num_steps, branch)
+        self.set_step(step, num_steps, branch)
 
     def remark_on_sharing(self) -> None:
         """Warn where the strategy does otherwise on several processes than on one."""
@@ -176,8 +176,8 @@ class SparseAttention(SparseEngine):
                 site.module.__dict__.pop(SITE, None)
         for processor in self._derived:  # those that fused QKV put aside, too
             release(processor)
-        self.end_generation()
-        self.memory.shared.clear()
+        self.run.end()
+        self._shared = {}
 
     def __enter__(self) -> Self:
         """Already attached."""

@@ -62,9 +62,9 @@ class AttentionCall:
 
         ``key`` must hold everything that the result depends on, e.g. (self, grid, device).
         """
-        if key not in self.shared:
-            self.shared[key] = build()
-        found: T = self.shared[key]
+        found: T | None = self.shared.get(key)
+        if found is None:  # another thread may build it too, or clear the dict meanwhile
+            found = self.shared[key] = build()
         return found
 
     def layout(self, block_size: int) -> BlockLayout:

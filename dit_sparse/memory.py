@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attachment remembers from call to call, and how many bytes that is."""
+"""What a generation remembers from call to call, and how many bytes that is."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from dit_sparse.nbytes import nbytes
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from dit_sparse.grid import LatentsGrid
-
 
 @dataclass(slots=True)
 class Memory:
-    """What is remembered from call to call; a generation's part is freed when it ends."""
+    """What one generation remembers from call to call, and the plans that all of them share."""
 
     states: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)
@@ -24,15 +22,9 @@ class Memory:
     batches: dict[Hashable, int] = field(default_factory=dict)
     masks_checked: dict[Hashable, bool] = field(default_factory=dict)
     """Whether the padding that a (stage, branch)'s mask hides stands at the end of the text."""
-    grids: set[LatentsGrid] = field(default_factory=set)
     peak: int = 0
     # The sizes of states as last seen, kept up to date so that a report costs no walk per call.
     sizes: dict[Hashable, int] = field(default_factory=dict)
-
-    def free_generation(self) -> None:
-        """Drop all that belongs to one generation."""
-        for part in (self.states, self.passes, self.batches, self.masks_checked, self.sizes):
-            part.clear()
 
     def note(self, key: Hashable) -> None:
         """Measure one state after its call."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,25 @@ class Stopwatch:
             return float((self._end - self._start) * 1e3)
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end))
+
+
+class Others:
+    """Counts the calls of other pipelines on a shared transformer; they stay as they are."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()  # each may run in a thread of its own
+
+    def add(self, reason: str) -> None:
+        """Count one more."""
+        with self._lock:
+            self._counts[reason] += 1
+
+    def as_dict(self) -> dict[str, int]:
+        """Calls by reason."""
+        with self._lock:
+            return dict(self._counts)
 
 
 @dataclass(slots=True)
@@ -143,6 +163,8 @@ class Report:
         guarantee: What became of the guarantee, where there is one: limit, where it is from, rows
             and every of a probe, probes made, heads watched (each layer and branch by itself),
             the largest error of a probe that held, and the heads returned to dense.
+        others: Calls that other pipelines made of the same transformer since sparse attention was
+            enabled, by the reason why they were left alone. They are in none of the figures.
     """
 
     strategy: str
@@ -153,6 +175,7 @@ class Report:
     peak_state_bytes: int = 0
     attached_at: int | None = None
     guarantee: dict[str, Any] | None = None
+    others: dict[str, int] = field(default_factory=dict)
 
     @property
     def density(self) -> float | None:
@@ -206,11 +229,13 @@ class Report:
 
     def summary(self) -> str:
         """Say in a few lines what ran."""
+        others = [f"  left alone x {count}: {why}" for why, count in self.others.items()]
         if not self.rows:
-            return f"sparse attention {self.strategy!r}: nothing has run yet"
+            return "\n".join([f"sparse attention {self.strategy!r}: nothing has run yet", *others])
         sparse = self.sparse_rows
+        grid = f" on {self.grid} tokens" if self.grid else ""
         lines = [
-            f"sparse attention {self.strategy!r} on {self.grid} tokens, {self.num_steps} steps",
+            f"sparse attention {self.strategy!r}{grid}, {self.num_steps} steps",
             f"  {len(sparse)} of {len(self.rows)} attention calls sparse; density "
             f"{self.density:.3f} over all, "
             + (f"{_average(sparse, 'density'):.3f} over those" if sparse else "none sparse"),
@@ -231,7 +256,7 @@ class Report:
         if self.attached_at is not None:
             lines.append(f"  enabled during a generation, in effect from step {self.attached_at}")
         lines += [f"  stayed dense x {count}: {why}" for why, count in self.reasons.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + others)
 
     def __str__(self) -> str:
         """Give the summary and a table by layer."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_sparse.backends import Backends
-from dit_sparse.engine import SparseEngine, Stage
+from dit_sparse.describe import Stage
+from dit_sparse.engine import SparseEngine
 from dit_sparse.errors import GeometryError, UnsupportedError
 from dit_sparse.pipelines.clock import Clock
 from dit_sparse.pipelines.family import Family
@@ -79,6 +80,9 @@ class Runtime(SparseEngine):
         self._names_heads = any(map(_names_heads, strategy.rules))
         self._told: set[str] = set()
 
+    def find_caller(self) -> None:
+        """Nothing to find: another program's loop."""
+
     def restart(self) -> None:
         """Start a new generation with the next call; one that steps backwards does so too."""
         self.end_generation()
@@ -132,12 +136,12 @@ class Runtime(SparseEngine):
             dense = _dense(scale)
         # A step out of range is no step: the strategy could not be asked about it.
         known = step is not None and 0 <= step < num_steps
-        self.clock.fixed = (step, num_steps, branch) if step is not None and known else None
+        self.set_step(step if known else None, num_steps, branch)
         site: Any = SimpleNamespace(
             stage=self.stage,
             layer=layer,
             path=f"{self.stage}, layer {layer}",
-            module=SimpleNamespace(processor=None),
+            dense_name="model's own",
         )
         shape = (
             None

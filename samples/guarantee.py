@@ -18,7 +18,7 @@ from diffusers import WanPipeline
 
 from dit_sparse import LatentsGrid, sparse_attention
 from dit_sparse.call import AttentionCall
-from dit_sparse.envelope import probe
+from dit_sparse.envelope import Envelope, probe
 from dit_sparse.guarantee import Guarantee
 from dit_sparse.probe import dense_output, relative_error, spread_rows
 
@@ -135,11 +135,14 @@ def timed_run(
 
         return run
 
+    check = Envelope.check
     with sparse_attention(pipe, profile, guarantee=guarantee) as handle:
         handle.attention = timed("all", handle.attention)
-        if handle.envelope is not None:
-            handle.envelope.check = timed("probing", handle.envelope.check)
-        generate(pipe, 20, 4.0)
+        Envelope.check = timed("probing", check)
+        try:
+            generate(pipe, 20, 4.0)
+        finally:
+            Envelope.check = check
         return spent["all"], spent["probing"], handle.report().summary()
 
 

@@ -8,6 +8,7 @@ differentiated (a top-k has no gradient), and compensation is done without writi
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.engine import Planned
+    from dit_sparse.compute import Planned
     from dit_sparse.report import CallRecord
     from dit_sparse.strategy import Strategy
 
@@ -33,6 +34,9 @@ UNTRAINABLE = {
 
 class TrainableAttention(SparseAttention):
     """An attachment for a training loop around a bare transformer; see ``begin``."""
+
+    # One run for all threads: autograd recomputes in a thread of its own on a GPU.
+    LOCAL = SimpleNamespace
 
     def __init__(self, model: Any, strategy: Strategy, kernel: str | None = None) -> None:
         """Attach; a call that is not understood raises instead of staying dense in silence."""
@@ -55,11 +59,11 @@ class TrainableAttention(SparseAttention):
         if self.paused:
             plain: Tensor = dense(query, key, value)
             return plain
-        # The shape is a thread's own, and autograd recomputes in a thread of its own on a GPU.
+        # The shape is a thread's own.
         self._shape = shape = self._shape if shape is None else shape
         return super().attention(site, query, key, value, mask, shape, scale, dense)
 
-    def _describe(self, *args: Any) -> AttentionCall:
+    def _describe(self, *args: Any) -> Any:
         with torch.no_grad():  # nothing is computed there but counts of text
             return super()._describe(*args)
 

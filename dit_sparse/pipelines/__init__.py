@@ -15,6 +15,8 @@ from dit_sparse.pipelines.declined import DECLINED
 from dit_sparse.pipelines.trained import refuse_gates
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from dit_sparse.pipelines.family import Family
@@ -90,20 +92,38 @@ def family_by_name(class_name: str) -> Family:
     return found
 
 
+def known_class(model: Any) -> str:
+    """Name a model's class of the table: its own, or the nearest one that it derives from.
+
+    A class of a user's own and one that ``fully_shard`` renamed derive from a known one; where
+    there is none, the name is the model's own class's.
+    """
+    names = [each.__name__ for each in type(model).__mro__]
+    known = (name for name in names if name in FAMILIES or name in MODELS or name in DECLINED)
+    return next(known, names[0])
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    if (name := known_class(module)) in FAMILIES or name in MODELS or name in DECLINED:
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)
+
+
 def unwrap(module: nn.Module) -> Any:
-    """Return the model inside the wrappers of ``torch.compile``, peft and DDP, or the module."""
-    inner: Any = getattr(module, "_orig_mod", None)
-    if inner is None and callable(base := getattr(module, "get_base_model", None)):
-        inner = base()
-    if inner is None and type(module).__name__ == "DistributedDataParallel":
-        inner = module.module
-    return module if inner is None else unwrap(inner)
+    """Return the one model of a known class in ``module``, or else the module itself.
+
+    torch.compile, peft, DDP, FSDP, DataParallel and users wrap models in modules of their own.
+    """
+    found = list(dict.fromkeys(_outermost(module)))
+    return found[0] if len(found) == 1 else getattr(module, "_orig_mod", module)
 
 
 def family_of(module: nn.Module) -> Family:
     """Look up the family of a transformer; refuse a checkpoint that cannot be served."""
     model = unwrap(module)
-    name = type(model).__name__
+    name = known_class(model)
     family = family_by_name(name)
     if (reason := family.refuses(model.config)) is not None:
         raise UnsupportedError(f"this {name} cannot be served: {reason}")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     Reader = Callable[[Any, dict[str, Any]], Shape | None]
 
 
+# What torch.compile, FSDP and activation checkpointing put around a module within a model.
+WRAPPERS = re.compile(r"\._(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(?=\.|$)")
+
+
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Make a tensor that has a shape and no data."""
     return torch.empty(size, dtype=dtype, device="meta")
@@ -92,7 +96,8 @@ class Family:
         shape: ``(config, forward arguments by name) -> (frames, height, width, text)`` in tokens,
             or None where this pass cannot be placed on a grid (it stays dense). "Text" is all
             that is no video and is always computed: a prompt, registers, audio, history frames.
-            Runs inside compiled graphs too: shapes and plain arithmetic only.
+            Runs inside compiled graphs too: shapes and plain arithmetic only, beside what
+            ``shape_inputs`` names.
         text_free: The sequence never holds text.
         text_first: The text stands before the video in the joint sequence.
         text_padding: The model's mask hides padded text, nothing else.
@@ -102,8 +107,9 @@ class Family:
         timestep: Forward argument that tells the scheduler's timestep, or a thousandth of it; ""
             where the model is told another time (1 - t / 1000, say).
         batched_cfg: The pipeline runs both guidance branches as one batch, and does not say so.
-        shape_input: Forward argument that ``shape`` reads values from (a device read); while the
-            very same object comes again, the shape is not computed anew.
+        shape_inputs: Forward arguments that ``shape`` reads values from (a device read); while
+            the very same objects come again, the shape is not computed anew. Beside these it may
+            read the length of ``encoder_hidden_states``, and nothing else.
         example: ``(config, latent frames, latent height, latent width, text tokens)`` -> forward
             arguments without data (device "meta"), one sample; with data where ``shape`` or the
             model reads values. ``Unsized`` where a config cannot tell them.
@@ -129,7 +135,7 @@ class Family:
     per_sample: bool = False
     timestep: str = "timestep"
     batched_cfg: bool = False
-    shape_input: str | None = None
+    shape_inputs: tuple[str, ...] = ()
     example: Callable[[Any, int, int, int, int], dict[str, Any]] = UNKNOWN
     stands_in: Callable[[Any], dict[str, Any]] = _as_it_is
     text_tokens: int = 512
@@ -141,12 +147,10 @@ class Family:
 
     def attention_modules(self, transformer: nn.Module) -> list[tuple[str, Any]]:
         """List the main self-attention modules in the order of their layers."""
+        # A wrapped module has two paths that are one without the wrapper: the inner one counts.
+        paths = {WRAPPERS.sub("", path): each for path, each in transformer.named_modules()}
         pattern = re.compile(self.attention)
-        found = [
-            (path, module)
-            for path, module in transformer.named_modules()
-            if pattern.fullmatch(path)
-        ]
+        found = [(path, module) for path, module in paths.items() if pattern.fullmatch(path)]
         if not found:
             raise UnsupportedError(
                 f"{type(transformer).__name__} has no module that matches {self.attention!r}; "

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import taps
-from dit_sparse.pipelines.site import HERE
+from dit_sparse.pipelines.family import empty
+from dit_sparse.pipelines.site import HERE, UNPLACED
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Self
 
-    from dit_sparse.pipelines.clock import Clock
     from dit_sparse.pipelines.family import Family, Shape
 
 ROOT = "_dit_sparse_root"
@@ -33,7 +36,8 @@ REGISTRY = "_diffusers_hook"
 class Listener(Protocol):
     """What the hooks report to; ``apply.py`` has the one implementation."""
 
-    clock: Clock
+    def begin_pass(self, timestep: Any) -> Any:
+        """Find out whose pass begins and when; see ``run.Pass``."""
 
     def adopt(self) -> None:
         """Look whether somebody exchanged processors since the last pass."""
@@ -43,6 +47,22 @@ class Listener(Protocol):
 
     def remark_on_sharing(self) -> None:
         """Warn where the strategy does otherwise on several processes than on one."""
+
+
+# The operator below can carry no Python object: this is how it finds its root. Weak, like _SITES.
+_ROOTS: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+@torch.library.custom_op("dit_sparse::place", mutates_args=())
+def place_operator(values: list[torch.Tensor], text: int, root: int) -> torch.Tensor:
+    """Read frames, height, width and text of a pass from values; zeros where they are no grid."""
+    return torch.tensor(_ROOTS[root].place_values(values, text) or (0, 0, 0, 0))
+
+
+@place_operator.register_fake
+def _(values: list[torch.Tensor], text: int, root: int) -> torch.Tensor:  # noqa: ARG001
+    return torch.empty(4, dtype=torch.int64, device="cpu")
 
 
 class Forward:
@@ -58,17 +78,22 @@ class Forward:
         root = self.root
         if torch.compiler.is_compiling():
             if root.live:
-                HERE.shape = root.family.shape(self.module.config, root.named(args, kwargs))
+                HERE.shape = root.shape_in_graph(self.module, root.named(args, kwargs))
             output = self.inner(*args, **kwargs)
             HERE.shape = None
             return output
-        if root.live and not root.noted:  # somebody called forward itself, past the pre-hook
+        if root.live and not HERE.noted:  # somebody called forward itself, past the pre-hook
             root.note(self.module, args, kwargs)
-        root.noted = False
+        HERE.noted = False
         try:
             return self.inner(*args, **kwargs)
         finally:
-            HERE.shape = None
+            HERE.shape = HERE.passing = None
+            HERE.unplaced = UNPLACED
+
+    def __get__(self, instance: Any, owner: Any = None) -> Self:
+        """Bind like the bound method that it stands for: it is bound already (cache-dit)."""
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model has the forward that it had without us."""
@@ -82,12 +107,23 @@ class Before:
         """Report to ``root``."""
         self.root = root
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the pass that begins; a graph does so in ``Forward``."""
-        if not torch.compiler.is_compiling():
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Note the pass that begins; a graph does so in ``Forward``.
+
+        Without ``kwargs``: another thread has just taken the hook off.
+        """
+        if not torch.compiler.is_compiling() and kwargs is not None:
+            if getattr(module, "_is_replica", False):
+                raise AttachError(
+                    f"{type(module).__name__}: DataParallel copied the model to several GPUs, but "
+                    "sparse attention serves one copy in a process: give DataParallel one GPU "
+                    "(device_ids=[0]), or start one process a GPU (docs/several-gpus.md)"
+                )
             self.root.settle(module)
             self.root.note(module, args, kwargs)
-            self.root.noted = True
+            HERE.noted = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In a copied or pickled model it does nothing."""
@@ -101,11 +137,15 @@ class Root:
         """Put both hooks on; hold the listener weakly: a model keeps no pipeline alive."""
         self._listener = weakref.ref(listener)
         self.family = family
-        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.live, self.noted = True, False
+        self.names = _argument_names(type(module))
+        self.live = True
         self.forward: Forward
         self._outermost: Any = None
-        self._seen: tuple[Any, int, Shape | None] = (None, -1, None)
+        self.number = next(_NUMBERS)
+        _ROOTS[self.number] = self
+        self._model = weakref.ref(module)
+        self._seen: tuple[list[Any], int] = ([], -1)
+        self._placed: tuple[Shape | None, str] = (None, UNPLACED)
         self._hook = module.register_forward_pre_hook(Before(self), with_kwargs=True)
         self.wrap(module)
 
@@ -143,21 +183,46 @@ class Root:
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note grid and timestep of the pass that begins."""
         inputs = self.named(args, kwargs)
-        HERE.shape = self._shape(module, inputs)
+        HERE.shape, HERE.unplaced = self.place(module, inputs)
         listener = self._listener()
         if listener is not None:
-            listener.clock.timestep = inputs.get(self.family.timestep)
+            HERE.passing = listener.begin_pass(inputs.get(self.family.timestep))
             listener.adopt()
 
-    def _shape(self, module: nn.Module, inputs: dict[str, Any]) -> Shape | None:
-        source = self.family.shape_input
-        if source is None:
-            return self.family.shape(module.config, inputs)
-        known, known_text, shape = self._seen
-        text = inputs["encoder_hidden_states"].shape[1]
-        if known is None or known() is not inputs[source] or known_text != text:
+    def place(self, module: Any, inputs: dict[str, Any]) -> tuple[Shape | None, str]:
+        """Read the grid; where it cannot be, say why."""
+        values = [inputs.get(name) for name in self.family.shape_inputs]
+        text = _text_length(inputs)
+        known, known_text = self._seen
+        if known and text == known_text and all(map(_is, known, values)):
+            return self._placed
+        source = self.family.grid_source
+        try:
             shape = self.family.shape(module.config, inputs)
-            self._seen = (weakref.ref(inputs[source]), text, shape)
+            reason = f"{UNPLACED}: no single grid in {source}"
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            shape, reason = None, f"{UNPLACED}: {source} cannot be read ({error!r})"
+        self._placed = (shape, reason)
+        if all(value is not None for value in values):
+            self._seen = ([weakref.ref(value) for value in values], text)
+        return self._placed
+
+    def shape_in_graph(self, module: Any, inputs: dict[str, Any]) -> Shape | torch.Tensor | None:
+        """Read the grid while a graph is made; from values, an operator reads it at run time."""
+        values = [inputs.get(name) for name in self.family.shape_inputs]
+        if not values:
+            return self.family.shape(module.config, inputs)
+        if any(value is None for value in values):
+            return None
+        placed: torch.Tensor = place_operator(values, _text_length(inputs), self.number)
+        return placed
+
+    def place_values(self, values: list[torch.Tensor], text: int) -> Shape | None:
+        """Read the grid from within a graph, given what the graph was called with."""
+        inputs: dict[str, Any] = dict(zip(self.family.shape_inputs, values, strict=True))
+        if text >= 0:
+            inputs["encoder_hidden_states"] = empty(1, text)
+        shape, HERE.unplaced = self.place(self._model(), inputs)
         return shape
 
     def remove(self, module: nn.Module) -> None:
@@ -165,6 +230,27 @@ class Root:
         self.live = False  # for a Forward that must stay where it is
         self._hook.remove()
         self.unwrap(module)
+
+
+def _argument_names(cls: type) -> list[str]:
+    """Name the arguments of ``forward``: a subclass's may only pass on what it is given."""
+    parameters: list[inspect.Parameter] = []
+    for each in cls.__mro__:
+        if "forward" in vars(each):
+            parameters = list(inspect.signature(vars(each)["forward"]).parameters.values())[1:]
+            if all(one.kind is not inspect.Parameter.VAR_POSITIONAL for one in parameters):
+                break
+    return [one.name for one in parameters]
+
+
+def _text_length(inputs: dict[str, Any]) -> int:
+    """Count the prompt's tokens; -1 where there is no prompt."""
+    text = inputs.get("encoder_hidden_states")
+    return -1 if text is None else text.shape[1]
+
+
+def _is(reference: Any, value: Any) -> bool:
+    return reference() is value
 
 
 def _same(inner: Any) -> Any:

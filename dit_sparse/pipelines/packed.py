@@ -22,7 +22,7 @@ CHROMA = Family(
     shape=IMG_IDS,
     text_first=True,
     text_padding=True,
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Example(FLUX_PARTS, pack=2),
     usual=Usual(num_steps=35),
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
@@ -34,7 +34,7 @@ FLUX2 = Family(
     attention=JOINT_AND_SINGLE,
     shape=IMG_IDS,
     text_first=True,
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Example(
         {
             **FLUX_PARTS,
@@ -58,7 +58,7 @@ FLUX3 = Family(
     shape=IMG_IDS,
     text_first=True,
     text_varies=True,  # the mode blocks hold the picture alone
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Unsized("its prompt is as long as it is, up to 8192 tokens"),
     note=f"run by its modular pipeline; {REFERENCES} in the single-stream layers",
 )
@@ -68,7 +68,7 @@ BRIA = Family(
     shape=IMG_IDS,
     text_first=True,
     batched_cfg=True,
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Example(
         {
             **FLUX_PARTS,
@@ -88,7 +88,7 @@ BRIA_FIBO = Family(
     text_first=True,
     text_padding=True,
     batched_cfg=True,
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Example({**FLUX_PARTS, "text_encoder_layers": bria_fibo_layers}),
     text_tokens=3000,
     compression=(16, 1),
@@ -101,7 +101,7 @@ LONGCAT_IMAGE = Family(
     attention=JOINT_AND_SINGLE,
     shape=IMG_IDS,
     text_first=True,
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Example(FLUX_PARTS, pack=2),
     pipelines=("LongCatImagePipeline", "LongCatImageEditPipeline"),
     note=REFERENCES,
@@ -111,7 +111,7 @@ OVIS_IMAGE = Family(
     attention=JOINT_AND_SINGLE,
     shape=IMG_IDS,
     text_first=True,
-    shape_input="img_ids",
+    shape_inputs=("img_ids",),
     example=Example(FLUX_PARTS, pack=2),
     text_tokens=256,
     pipelines=("OvisImagePipeline",),
@@ -122,7 +122,7 @@ KREA2 = Family(
     shape=Ids("position_ids", joint=True),
     text_first=True,
     text_padding=True,
-    shape_input="position_ids",
+    shape_inputs=("position_ids",),
     example=Example(
         {
             "hidden_states": PACKED_LATENTS,

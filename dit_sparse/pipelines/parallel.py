@@ -16,6 +16,7 @@ import torch
 from diffusers.models import attention_dispatch
 
 from dit_sparse.errors import AttachError
+from dit_sparse.pipelines import known_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ def remarks(strategy: Any) -> list[str]:
 
 
 def _refusal(model: Any, heads: int, config: Any, cp_plan: Any) -> str | None:
-    name, version = type(model).__name__, diffusers.__version__
+    name, version = known_class(model), diffusers.__version__
     context = getattr(config, "context_parallel_config", config)
     if not hasattr(context, "ulysses_degree"):
         return (

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derived processors: a model's own attention processor with one global name exchanged.
+"""Derived processors: a model's own attention processor with its attention call exchanged.
 
-The derived class runs the very code of the stock class; only the name by which that code calls
-attention (``dispatch_attention_fn`` or ``F``) means ours. Projections, norms, RoPE, LoRA, fused
-QKV, IP-adapters and quantised weights stay the model's own. Swapping an object's ``__class__``
-keeps its weights and puts it back exactly.
+The derived class runs the very code of the stock class; only the attention call in it comes to us
+(``calls.py``). Projections, norms, RoPE, LoRA, fused QKV, IP-adapters and quantised weights stay
+the model's own. Swapping an object's ``__class__`` keeps its weights and is undone exactly.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-import types
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers.hooks import _helpers
-from torch import Tensor
 
 from dit_sparse.errors import UnsupportedError
-from dit_sparse.pipelines.site import HERE, attend_operator, compute
+from dit_sparse.pipelines.calls import DIRECT, DISPATCH, called, mentions, rerouted
+from dit_sparse.pipelines.site import HERE, held, is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,137 +24,86 @@ if TYPE_CHECKING:
     from torch import nn
 
 SITE = "_dit_sparse_site"
-DISPATCH, DIRECT = "dispatch_attention_fn", "scaled_dot_product_attention"
+FUSED = (
+    "put diffusers.models.attention_processor.AttnProcessor2_0, which calls torch's fused "
+    "attention, in its place: transformer.set_attn_processor(AttnProcessor2_0())"
+)
+# What to do about the processors of diffusers that compute attention in another way.
+ADVICE = {
+    "slice_size": "it computes attention in slices; call pipe.disable_attention_slicing()",
+    "get_attention_scores": f"it computes the whole map of scores; {FUSED}",
+    "xformers": f"it calls xFormers; {FUSED}",
+}
 
 
-def _reroute(original: Callable[..., Tensor], seq_axis: int) -> Callable[..., Tensor]:
-    """Wrap the model's attention call: ours where a site is set, the original everywhere else."""
-
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        site = HERE.site
-        # Calls that are not one plain self-attention: IP-adapter and cross keys, KV caches,
-        # FlexAttention's BlockMask, causal or grouped heads.
-        other = (
-            bool(args)
-            or kwargs.get("is_causal")
-            or kwargs.get("enable_gqa")
-            or not (attn_mask is None or isinstance(attn_mask, Tensor))
-            or query.shape != key.shape
-        )
-        if site is None or other:
-            stock: Tensor = original(query, key, value, attn_mask, *args, **kwargs)
-            return stock
-        scale = kwargs.get("scale")
-        if torch.compiler.is_compiling():
-            shape = list(HERE.shape or (0, 0, 0, 0))
-            compiled: Tensor = attend_operator(
-                query, key, value, attn_mask, site.id, shape, scale, seq_axis
-            )
-            return compiled
-
-        def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
-            return original(q, k, v, **{"attn_mask": attn_mask, **kwargs, **changed})
-
-        HERE.declined = _watched()
-        try:
-            return compute(site, query, key, value, attn_mask, HERE.shape, scale, seq_axis, dense)
-        finally:
-            HERE.declined = None
-
-    return call
-
-
-def _watched() -> str | None:
-    """Say who waits for torch's own attention call, if anybody does.
-
-    Perturbed-attention guidance puts a function mode over it and answers it otherwise.
-    """
-    for mode in torch.overrides._get_current_function_mode_stack():  # noqa: SLF001
-        name = type(mode).__name__
-        if name != "DeviceContext":  # torch.set_default_device, with torch.device(...)
-            return f"{name} stands over attention and answers the model's own call (guidance)"
-    return None
-
-
-@functools.cache  # classes are made once per stock class; the cache is not state of any pipeline
 def derive(cls: Any) -> Any:
-    """Make the derived class of a stock processor class.
+    """Make the derived class of a stock processor class, or find it.
 
     Raises:
         UnsupportedError: The processor makes no attention call that can be rerouted.
     """
-    source = cls.__call__
-    code = getattr(source, "__code__", None)
-    names = code.co_names if code is not None else ()
-    # The copy needs a name of its own: Dynamo resolves a function's globals through
-    # sys.modules[__name__], and under the stock name it would find the stock globals.
-    name = f"dit_sparse_{cls.__module__.replace('.', '_')}_{cls.__name__}"
-    module = types.ModuleType(name)
-    module.__dict__.update(getattr(source, "__globals__", {}))
-    module.__dict__.update(__name__=name, __spec__=None)
-    if DISPATCH in names:
-        dense = module.__dict__[DISPATCH]
-        module.__dict__[DISPATCH] = _reroute(dense, seq_axis=1)
-    elif DIRECT in names:
-        functional = module.__dict__["F"]
-        dense = functional.scaled_dot_product_attention
-        replaced = {**vars(functional), DIRECT: _reroute(dense, seq_axis=2)}
-        module.__dict__["F"] = types.SimpleNamespace(**replaced)
-    else:
-        raise UnsupportedError(
-            f"attention processor {cls.__name__} makes no call that dit_sparse can take over; "
-            "it is an old or sliced kind: put the model's default back first "
-            "(pipe.disable_attention_slicing(), or set_attn_processor with the stock class)"
-        )
-    sys.modules[name] = module
-    function = types.FunctionType(
-        _own_code(source.__code__),
-        module.__dict__,
-        source.__name__,
-        source.__defaults__,
-        source.__closure__,
-    )
-    function.__kwdefaults__ = source.__kwdefaults__
+    derived = _derive(cls, tuple(vars(each).get("__call__") for each in cls.__mro__))
+    if derived is None:
+        raise UnsupportedError(_refusal(cls))
+    return derived
 
-    @functools.wraps(source)  # Attention.forward filters its arguments by this signature
-    def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        HERE.site = getattr(attn, SITE, None)
-        try:
-            return function(self, attn, *args, **kwargs)
-        finally:
-            HERE.site = None
+
+@functools.cache  # classes are made once per stock class; the cache is not state of any pipeline
+def _derive(cls: Any, calls: tuple[Any, ...]) -> Any:  # noqa: ARG001  (others once patched)
+    above, own = _above(cls), called(cls.__call__)
+    if above is None and own is None:
+        return None
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:  # noqa: ARG001
         return cls.__new__, (cls,), self.__dict__  # pickles as the stock class
 
     body = {
-        "__call__": call,
         "__reduce_ex__": reduce,
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "stock": cls,
-        "dense": staticmethod(dense),
     }
-    derived = type(cls.__name__, (cls,), body)
+    if own is not None:
+        name, find = own
+        body["__call__"] = _call(cls.__call__, name)
+        body["attention"] = staticmethod(find)
+    # Where the class passes the call on, super() meets the derived class before the stock one.
+    derived = type(cls.__name__, (cls,) if above is None else (cls, derive(above)), body)
     _make_known(cls, derived)
     return derived
 
 
-def _own_code(code: types.CodeType) -> types.CodeType:
-    """Copy a code object and those within it.
+def _call(source: Any, name: str) -> Callable[..., Any]:
+    function = rerouted(source, name)
 
-    Dynamo files what it compiled under the code object, and leaves it in that function's globals:
-    of two functions with one code object, one would look for it in the wrong globals.
-    """
-    inner = (_own_code(x) if isinstance(x, types.CodeType) else x for x in code.co_consts)
-    return code.replace(co_consts=tuple(inner))
+    @functools.wraps(source)  # Attention.forward filters its arguments by this signature
+    def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = HERE.site
+        HERE.site = getattr(attn, SITE, None)
+        try:
+            return function(self, attn, *args, **kwargs)
+        finally:
+            HERE.site = before
+
+    return call
+
+
+def _above(cls: Any) -> Any:
+    """Find the class to whose ``__call__`` this one's passes the call on, or None."""
+    owners = [each for each in cls.__mro__ if "__call__" in vars(each)]
+    passes_on = mentions(cls.__call__, "super", "__call__")
+    return owners[1] if passes_on and len(owners) > 1 else None
+
+
+def _refusal(cls: Any) -> str:
+    """Say why a processor class cannot be derived, and what to do."""
+    advice = next((ADVICE[name] for name in ADVICE if mentions(cls.__call__, name)), None)
+    return f"attention processor {cls.__name__} cannot be taken over: " + (
+        advice
+        or f"its __call__ calls neither {DISPATCH} nor F.{DIRECT}, and passes the call on to no "
+        "class or object that does: call one of them there, or super().__call__(...), or a "
+        "processor that is an attribute of it"
+    )
 
 
 def _make_known(cls: Any, derived: Any) -> None:
@@ -169,25 +114,48 @@ def _make_known(cls: Any, derived: Any) -> None:
             registry.register(derived, registry.get(cls))
 
 
-def stock_class(module: Any) -> Any:
-    """Name the class of a module's processor, whether derived or not."""
-    cls = type(module.processor)
-    return cls.__dict__.get("stock", cls)
+def _stock(cls: Any) -> Any:
+    return vars(cls).get("stock", cls)
 
 
-def adopt(module: Any) -> bool:
-    """Give ``module``'s processor its derived class; False where it has it already.
+def bearer(module: Any) -> Any:
+    """Find the object in whose code attention is called: a module's processor, or one it holds.
+
+    Raises:
+        UnsupportedError: There is none whose call can be rerouted.
+    """
+    processor = module.processor
+    cls, refusal = _stock(type(processor)), None
+    try:
+        derive(cls)
+    except UnsupportedError as error:
+        refusal = error
+    if refusal is None:
+        return processor
+    for name, inner in held(processor).items():
+        if callable(inner) and mentions(cls.__call__, name):
+            with suppress(UnsupportedError):
+                derive(_stock(type(inner)))
+                return inner
+    raise refusal
+
+
+def adopt(module: Any) -> Any:
+    """Give ``module``'s processor its derived class; return the object, or None where it has it.
 
     A shared processor object (fused QKV) serves several modules: it is derived once, and finds
     its site through the module it is called with.
     """
-    stock = stock_class(module)
-    if "stock" in vars(type(module.processor)):
-        return False
-    module.processor.__class__ = derive(stock)
-    return True
+    processor = bearer(module)
+    derived = derive(_stock(type(processor)))
+    if type(processor) is derived:
+        return None
+    processor.__class__ = derived
+    return processor
 
 
 def release(processor: Any) -> None:
-    """Put the stock class of a processor back; does nothing where it has it."""
-    processor.__class__ = vars(type(processor)).get("stock", type(processor))
+    """Put the stock class of a processor, and of one that it holds, back."""
+    for each in (processor, *held(processor).values()):
+        if is_derived(each):
+            each.__class__ = _stock(type(each))

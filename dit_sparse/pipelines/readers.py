@@ -3,8 +3,8 @@
 
 Each reader is data that can be called: ``(config, forward arguments by name)`` gives (frames,
 height, width, text) in tokens, or None where this pass cannot be placed on a grid. They run
-inside compiled graphs too; ``Ids`` reads values, so it costs a device read where its object is
-new.
+inside compiled graphs too, but for ``Ids``, which reads values: an operator runs it there, and it
+costs a device read where its object is new.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dit_sparse.pipelines.family import Shape
 
 ENCODER = ("encoder_hidden_states",)
@@ -74,7 +76,10 @@ class Latents:
 
 @dataclass(frozen=True)
 class Ids:
-    """Reads rows and columns from the positions of the first and the last picture token.
+    """Counts rows and columns in the positions of the picture's tokens.
+
+    The tokens must be one picture's, row by row; the positions may begin anywhere and have any
+    pitch. Positions in any other order, and those of several pictures, are no grid.
 
     Args:
         source: Forward argument ``[tokens, 3 or 4]``, or with a batch before; (time, row,
@@ -88,15 +93,33 @@ class Ids:
     @property
     def about(self) -> str:
         """Name what is read, for people."""
-        return f"first and last of `{self.source}`"
+        return f"the rows and columns in `{self.source}`"
 
-    def __call__(self, config: Any, inputs: dict[str, Any]) -> Shape:  # noqa: ARG002
-        """Read one pass. Where reference pictures follow, the product is not the token count."""
-        ids = inputs[self.source]
-        ids = ids[0] if ids.ndim == 3 else ids
+    def __call__(self, config: Any, inputs: dict[str, Any]) -> Shape | None:  # noqa: ARG002
+        """Read one pass."""
+        ids = inputs[self.source].detach().cpu()
         text = text_tokens(inputs, ENCODER)
-        extent = ids[-1] - ids[text if self.joint else 0]
-        return 1, int(extent[1]) + 1, int(extent[2]) + 1, text
+        if ids.ndim == 3 and bool((ids == ids[:1]).all()):  # the same for every sample
+            ids = ids[0]
+        if ids.ndim != 2 or ids.shape[1] < 3:
+            return None
+        sides = _sides(ids[text:] if self.joint else ids)
+        return None if sides is None else (1, *sides, text)
+
+
+def _sides(ids: Tensor) -> tuple[int, int] | None:
+    """Count rows and columns of positions ``[tokens, (time, row, column, ...)]``."""
+    row, column = ids[:, 1], ids[:, 2]
+    width = int((row == row[:1]).cumprod(0).sum())  # of the first row; 0 where it is NaN
+    others = ids[:, [0, *range(3, ids.shape[1])]]
+    if width == 0 or len(ids) % width or not bool((others == others[:1]).all()):
+        return None
+    rows, columns = row.view(-1, width), column.view(-1, width)
+    regular = bool((rows == rows[:, :1]).all()) and bool((columns == columns[:1]).all())
+    for line in (rows[:, 0], columns[0]):  # rounded to bfloat16, neighbours may be equal
+        rises = bool((line[1:] >= line[:-1]).all())
+        regular = regular and rises and (len(line) == 1 or bool(line[-1] > line[0]))
+    return (len(rows), width) if regular else None
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from dit_sparse.pipelines.family import Shape
@@ -43,15 +43,25 @@ class Engine(Protocol):
     ) -> Tensor:
         """Compute one call; every tensor and the result ``[batch, seq_len, heads, head_dim]``."""
 
+    def begin_pass(self, timestep: Any) -> Any:
+        """Find out whose pass it is and when; see ``run.Pass``."""
+
+
+UNPLACED = "the token grid of this pass is not known"
+
 
 class _Here(threading.local):
     """What this thread is running now; a ContextVar's ``set`` would break fullgraph."""
 
     def __init__(self) -> None:
         self.site: Site | None = None
-        self.shape: Shape | None = None
+        self.shape: Shape | Tensor | None = None  # a tensor within a graph: see place_operator
+        self.unplaced = UNPLACED  # why the shape is None
         self.share: parallel.Share | None = None  # the heads of this call, where it has not all
         self.declined: str | None = None  # why this call must stay the model's own
+        self.passing: Any = None  # the transformer's pass: when, and whose run (``run.Pass``)
+        self.noted = False  # a pre-hook saw this pass begin
+        self.told: tuple[Any, dict[str, Any]] | None = None  # of ``cache_context``: to whom, what
 
 
 HERE = _Here()
@@ -59,6 +69,11 @@ HERE = _Here()
 # table holds weak references, so it neither keeps a pipeline alive nor needs clearing.
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 _IDS = itertools.count()
+# By the sequence's axis: what processors call where nobody asked for anything else.
+_STOCK: dict[int, Callable[..., Tensor]] = {
+    1: attention_dispatch.dispatch_attention_fn,
+    2: torch.nn.functional.scaled_dot_product_attention,
+}
 
 
 class Site:
@@ -88,9 +103,30 @@ class Site:
         return engine
 
     @property
+    def processor(self) -> Any:
+        """The object whose code calls attention: the module's processor, or one it holds."""
+        processor = self.module.processor
+        inner = (each for each in held(processor).values() if is_derived(each))
+        return processor if is_derived(processor) else next(inner, processor)
+
+    @property
     def alive(self) -> bool:
         """Whether the pipeline that attached this site still exists."""
         return self._engine() is not None
+
+    @property
+    def dense_name(self) -> str:
+        """Name what computes a call that stays dense: the model's own, and its backend if set."""
+        processor = self.processor
+        backend = getattr(processor, "_attention_backend", None)
+        if backend is None and hasattr(processor, "_attention_backend"):  # it dispatches
+            backend = attention_dispatch._AttentionBackendRegistry._active_backend  # noqa: SLF001
+            backend = None if backend == attention_dispatch.DIFFUSERS_ATTN_BACKEND else backend
+        return (
+            "model's own"
+            if backend is None
+            else f"model's own ({getattr(backend, 'value', backend)})"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model is a plain one: its modules carry no site."""
@@ -98,6 +134,17 @@ class Site:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled model is a plain one."""
         return type(None), ()
+
+
+def held(processor: Any) -> dict[str, Any]:
+    """Name the attributes of a processor object, submodules included."""
+    own = getattr(processor, "__dict__", {})
+    return {**own, **own.get("_modules", {})}
+
+
+def is_derived(processor: Any) -> bool:
+    """Tell whether an object has a class that ``processors.derive`` made."""
+    return "stock" in vars(type(processor))
 
 
 def seq_second(query: Tensor, seq_axis: int) -> Tensor:
@@ -130,7 +177,7 @@ def compute(
         dense: The model's own attention call, taking and giving its own layout; keywords change
             what it passes on.
     """
-    config = getattr(site.module.processor, "_parallel_config", None)
+    config = getattr(site.processor, "_parallel_config", None)
     if config is not None and seq_axis == 1:
         return _compute_share(site, query, key, value, mask, shape, scale, dense, config)
 
@@ -178,6 +225,19 @@ def _compute_share(
     return parallel.exchange(core, alone, query, key, value, mask, scale, config, shape)
 
 
+def _stock(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    seq_axis: int,
+) -> Tensor:
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    result: Tensor = _STOCK[seq_axis](query, key, value, attn_mask=mask, **options)
+    return result.contiguous()
+
+
 @torch.library.custom_op("dit_sparse::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_operator(
     query: Tensor,
@@ -188,10 +248,16 @@ def attend_operator(
     shape: list[int],
     scale: float | None,
     seq_axis: int,
+    placed: Tensor | None = None,
 ) -> Tensor:
-    """Compute one call from within a compiled graph; opaque to the compiler."""
-    here = _SITES[int(site)]
-    processor = here.module.processor
+    """Compute one call from within a compiled graph; opaque to the compiler.
+
+    ``placed`` holds the shape where it was read from values, on the CPU.
+    """
+    here = _SITES.get(int(site))
+    if here is None:  # another thread took sparse attention off in the middle of this pass
+        return _stock(query, key, value, mask, scale, seq_axis)
+    processor = here.processor
 
     def dense(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Tensor:
         options: dict[str, Any] = {"attn_mask": mask}
@@ -200,12 +266,20 @@ def attend_operator(
         if seq_axis == 1:
             options["backend"] = getattr(processor, "_attention_backend", None)
             options["parallel_config"] = getattr(processor, "_parallel_config", None)
-        result: Tensor = type(processor).dense(q, k, v, **options | changed)
+        # Another thread may have taken it off likewise.
+        stock = processor.attention() if is_derived(processor) else _STOCK[seq_axis]
+        result: Tensor = stock(q, k, v, **options | changed)
         return result
 
-    frames, height, width, text = shape
+    frames, height, width, text = shape if placed is None else placed.tolist()
     known = None if frames == 0 else (frames, height, width, text)
-    result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
+    engine, before = here.engine, HERE.passing
+    if before is None or before.engine is not engine:  # the whole model is a graph
+        HERE.passing = engine.begin_pass(None)
+    try:
+        result = compute(here, query, key, value, mask, known, scale, seq_axis, dense)
+    finally:
+        HERE.passing = before
     # An operator's result may not share memory with its arguments, and must be contiguous like
     # the fake one.
     return result.clone() if result.data_ptr() == query.data_ptr() else result.contiguous()
@@ -221,5 +295,6 @@ def _(
     shape: list[int],  # noqa: ARG001
     scale: float | None,  # noqa: ARG001
     seq_axis: int,  # noqa: ARG001
+    placed: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -34,6 +34,7 @@ PIPED = frozenset(
         "HunyuanVideo15Transformer3DModel",
         "Kandinsky5Transformer3DModel",
         "Krea2Transformer2DModel",
+        "LTX2VideoTransformer3DModel",
         "LTXVideoTransformer3DModel",
         "Lumina2Transformer2DModel",
         "LuminaNextDiT2DModel",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import parallel
+from dit_sparse.pipelines.site import HERE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,7 @@ class _Tap:
 
 
 class ContextTap(_Tap):
-    """Tells the clock the guidance branch, and the step where diffusers says it (from 0.41)."""
+    """Notes the guidance branch, and the step where diffusers says it (from 0.41)."""
 
     name = "cache_context"
 
@@ -46,15 +47,15 @@ class ContextTap(_Tap):
         module: Any = self._module()
         listener = self._listener()
         self._root.settle(module)
+        before = HERE.told
         if listener is not None:
             listener.adopt()  # here too: within a graph of the whole model nobody can look
-            listener.clock.told = {"name": name, **kwargs}
+            HERE.told = (listener, {"name": name, **kwargs})
         try:
             with type(module).cache_context(module, name, **kwargs):
                 yield
         finally:
-            if listener is not None:
-                listener.clock.told = {}
+            HERE.told = before
 
 
 class ResetTap(_Tap):
@@ -84,7 +85,7 @@ class ParallelTap(_Tap):
         module: Any = self._module()
         parallel.check(module, self._heads, config, cp_plan)
         outermost = self._root.unwrap(module)
-        if not outermost and self._root.family.shape_input is not None:
+        if not outermost and self._root.family.shape_inputs:
             raise AttachError(
                 f"{type(module).__name__}: something wraps its forward since sparse attention was "
                 "enabled, so enable_parallelism must come first: disable sparse attention, enable "

@@ -291,7 +291,7 @@ IDEOGRAM4 = Family(
     text_first=True,
     text_padding=True,
     timestep="",  # 1 - t / 1000
-    shape_input="indicator",
+    shape_inputs=("indicator", "position_ids"),
     example=ideogram4_example,
     text_tokens=2048,
     usual=Usual(2048, 2048, num_steps=48),
@@ -304,7 +304,7 @@ MINIMAX_H3 = Family(
     attention=r"transformer_blocks\.\d+\.attn",
     shape=minimax_h3,
     text_first=True,
-    shape_input="position_ids",
+    shape_inputs=("position_ids", "video_indices"),
     example=Unsized("keyframes and sound stand before its video, as many as the caller gives"),
     usual=Usual(512, 768, 121),
     note="run by its modular pipeline; the prompt's refiner is left alone",

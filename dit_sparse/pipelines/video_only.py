@@ -164,7 +164,8 @@ LTX2 = Family(
         "LTX2DFRPipeline",
         "LTX2DFRTemporalRefinePipeline",
     ),
-    note="the sound's attention is left alone; passes with a mask or reference tokens stay dense",
+    note="spatio-temporal and modality guidance run sparse too; the sound's attention is left "
+    "alone; passes with a mask or reference tokens stay dense",
 )
 COSMOS = Family(
     name="cosmos",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_sparse._version import __version__
+from dit_sparse.pipelines import known_class
 from dit_sparse.strategy import Grid, Model, Receipt, Rule, Strategy, config_hash
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def strategy_of(
         receipt: How it was found.
     """
     frames, height, width, text, _ = about["grid"]
-    classes = tuple(dict.fromkeys(type(model).__name__ for model in models.values()))
+    classes = tuple(dict.fromkeys(known_class(model) for model in models.values()))
     hashes = {config_hash(model.config) for model in models.values()}
     return Strategy(
         name=name,

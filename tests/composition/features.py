@@ -189,6 +189,22 @@ FEATURES = {
         **CACHE,
     ),
 }
+# HunyuanVideo's tiny model has one layer of each kind, and cache-dit always runs the first.
+FEATURES |= {
+    key: Feature(
+        title,
+        do.cache_dit,
+        do.no_cache_dit,
+        changes=changes,
+        needs="cache_dit",
+        verdicts=dict.fromkeys(families, Works("tested where cache-dit is installed (1.5.3)")),
+        families=families,
+    )
+    for key, title, changes, families in (
+        ("cache_dit", "cache-dit", True, ("wan", "cogvideox", "flux", "pixart_sigma")),
+        ("cache_dit_idle", "cache-dit, with no layer to skip", False, ("hunyuan_video",)),
+    )
+}
 SKIPPING = {
     "skip_block": Feature(
         "skip-layer guidance: whole layers",

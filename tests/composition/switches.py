@@ -201,6 +201,26 @@ def no_cache(pipe):
     pipe.transformer.disable_cache()
 
 
+def cache_dit(pipe, args):
+    """Skip all layers but the first on every step after the first."""
+    import cache_dit
+
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=1,
+        residual_diff_threshold=10.0,
+    )
+    cache_dit.enable_cache(pipe, cache_config=config)
+    return args
+
+
+def no_cache_dit(pipe):
+    import cache_dit
+
+    cache_dit.disable_cache(pipe)
+
+
 def timestep(pipe):
     return lambda: float(getattr(pipe, "_current_timestep", None) or 500.0)
 

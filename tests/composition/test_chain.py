@@ -94,6 +94,30 @@ def test_a_wrapper_that_hides_ours_keeps_an_inert_one():
     assert torch.equal(tiny.run(pipe, args), stock)
 
 
+def test_a_forward_that_was_put_aside_can_be_bound_again():
+    """cache-dit keeps ``forward``, puts its own in place, and binds the kept one at the end."""
+    stock, plain = alone("flux")
+    pipe, args = build("flux")
+    model, times = pipe.transformer, []
+    handle = enable(pipe)
+    kept = model.forward
+
+    def counted(self, *args, **kwargs):
+        times.append(self)
+        return kept(*args, **kwargs)
+
+    model.forward = counted.__get__(model)
+    assert torch.equal(tiny.run(pipe, args), plain)
+    assert len(times) == 4
+    model.forward = kept.__get__(model)
+    assert torch.equal(tiny.run(pipe, args), plain)
+    assert len(times) == 4
+    assert handle.report().sparse_rows
+    pipe.disable_sparse_attention()
+    assert is_plain(pipe)
+    assert torch.equal(tiny.run(pipe, args), stock)
+
+
 @pytest.mark.parametrize("family", ["flux", "pixart_sigma"])  # PixArt opens no cache_context
 def test_accelerates_hook_may_come_and_go_over_and_under_ours(family):
     stock, plain = alone(family)

@@ -94,6 +94,29 @@ def test_whole_model(family, verdict):
     assert close(tiny.run(pipe, args), stock)
 
 
+@cells("torch.compile(pipe.transformer), with and without fullgraph", quick=("flux",))
+def test_graphs(family, verdict):
+    assert isinstance(verdict, Works)
+    pipe, args = build(family)
+    args = {**args, "num_inference_steps": 2}
+    with enable(pipe):
+        eager = tiny.run(pipe, args)
+    own = pipe.transformer
+    counts = []
+    for sparse in (False, True):
+        for fullgraph in (False, True):
+            restart()
+            pipe.transformer = torch.compile(own, backend="eager", fullgraph=fullgraph)
+            handle = enable(pipe) if sparse else None
+            output = tiny.run(pipe, args)
+            counts.append(graphs())
+            if handle is not None:
+                assert close(output, eager)
+                assert handle.report().sparse_rows
+                pipe.disable_sparse_attention()
+    assert counts == [1] * 4
+
+
 REGIONAL = dict.fromkeys(("cogvideox", "pixart_sigma"), NO_REGIONS)
 
 

@@ -74,11 +74,72 @@ def hunyuan_vae() -> Any:
     ).eval()
 
 
+def ltx2_vae() -> Any:
+    """Make a VAE of 32 x 32 pixels and 8 frames, as far as a pipeline asks it."""
+    return diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    ).eval()
+
+
+def ltx2_sound() -> Any:
+    """Make a sound's VAE: 2 channels of 8 mel bins, 4 to one."""
+    return diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=8
+    ).eval()
+
+
+def ltx2_connectors() -> Any:
+    """Make what turns three layers of a text encoder into prompts for video and sound."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
+    sides = {
+        f"{side}_connector_{key}": value
+        for side in ("video", "audio")
+        for key, value in {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 1,
+            "num_learnable_registers": None,
+        }.items()
+    }
+    torch.manual_seed(0)
+    return LTX2TextConnectors(caption_channels=16, text_proj_in_factor=3, **sides).eval()
+
+
 PIPES = [
     Pipe(
         "LTXPipeline",
         "LTXVideoTransformer3DModel",
         {**EMBEDS, **MASKS, "height": 128, "width": 192, "num_frames": 17},
+    ),
+    Pipe(
+        "LTX2Pipeline",
+        "LTX2VideoTransformer3DModel",
+        {
+            "prompt_embeds": normal(1, TEXT, 16, 3),
+            "negative_prompt_embeds": normal(1, TEXT, 16, 3, seed=2),
+            **MASKS,
+            "height": 128,
+            "width": 192,
+            "num_frames": 17,
+            "spatio_temporal_guidance_blocks": [1],
+        },
+        branches=("both", "uncond_stg", "uncond_modality"),
+        absent=("text_encoder", "tokenizer", "vocoder"),
+        parts={"vae": ltx2_vae, "audio_vae": ltx2_sound, "connectors": ltx2_connectors},
     ),
     Pipe(
         "MochiPipeline",

@@ -204,7 +204,7 @@ DENSE = {
             hidden_states=per_sample(48 + 48, 4),
             img_ids=torch.cat([ids(PICTURE, 4), ids(PICTURE, 4)]),
         ),
-        "attention has 103",
+        "no single grid in the rows and columns in `img_ids`",
     ),
     "an additive mask": (
         *changed(
