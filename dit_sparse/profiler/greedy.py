@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import PrivateAttr
 
+from dit_sparse.call import Method
 from dit_sparse.head_groups import head_index, select_heads
 from dit_sparse.plan import BlockPlan
 from dit_sparse.profiler.choose import choose
@@ -37,7 +38,7 @@ _BLOCK = 128
 
 
 @dataclass(eq=False)
-class Greedy:
+class Greedy(Method):
     """A method for all heads that measures, chooses, and computes what it chose.
 
     Args:
