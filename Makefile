@@ -3,10 +3,11 @@
 #   make demo    generate on the small model, dense beside sparse, and print what it gained and cost
 #   make test    the whole test suite            make check   format, lint, types, the fast tests
 #   make bench   kernel speed on this machine    make lint    format, lint, types
+#   make test-oldest   the fast tests beside the oldest versions that pyproject.toml allows
 #   make fidelity   what every method costs in quality on the small models (hours on a CPU)
 #   make wheels  wheels for every platform, each with its native kernel, and the sdist, in dist
 #   make docs    the documentation as a site, in outputs/site (index.html opens from the disk)
-#   make clean   remove the environment
+#   make clean   remove the environments
 #
 # Each makes its own environment in .venv where there is none; it needs Python >= 3.10 and make.
 # Variables: PYTHON (which one), TORCH (which build on a machine without an NVIDIA GPU; a torch that
@@ -15,12 +16,14 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+SPARE ?= $(TORCH)
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MODELS ?= wan-tiny flux-tiny cogvideox-tiny pixart-tiny hunyuan-video-tiny
 
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # What an installation depends on: a change to one of them installs, and so compiles, anew.
@@ -30,11 +33,11 @@ SOURCES := pyproject.toml dit_sparse/_version.py .ci/build_backend.py \
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fidelity wheels docs clean
+.PHONY: help demo test test-oldest check lint bench fidelity wheels docs clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,14s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
@@ -43,6 +46,13 @@ demo: $(VENV)/.use
 # --dist loadfile: a file's models and fixtures are built in one process.
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# `+cpu` comes from PyTorch's own index only; without it pip takes $(TORCH), and says so.
+test-oldest:
+	@$(MAKE) --no-print-directory VENV=$(OLDEST) TORCH="torch==2.9.0+cpu" SPARE="$(TORCH)" \
+		$(OLDEST)/.oldest
+	@$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" \
+		$(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
@@ -75,7 +85,7 @@ docs: $(VENV)/.docs
 	@echo "outputs/site/index.html; with its search: $(BIN)/python -m http.server -d outputs/site"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info dit_sparse/kernels/native/lib
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info dit_sparse/kernels/native/lib
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -94,7 +104,7 @@ $(VENV)/.torch: $(VENV)/.made
 	else \
 		echo "Installing $(TORCH), the CPU build: there is no NVIDIA GPU here (about 200 MB)"; \
 		$(PIP) install --no-deps --timeout 5 --retries 1 --extra-index-url $(CPU_INDEX) "$(TORCH)" \
-			|| $(PIP) install --no-deps "$(TORCH)"; \
+			|| $(PIP) install --no-deps "$(SPARE)"; \
 	fi
 	@touch $@
 
@@ -107,6 +117,16 @@ $(VENV)/.dev: $(SOURCES) | $(VENV)/.torch
 	@echo "Installing dit_sparse with its tests into $(VENV): the first time takes a minute or two"
 	@$(PIP) install -e ".[dev,quality,distill,docs]"
 	@touch $@ $(VENV)/.use
+
+$(VENV)/.oldest: $(SOURCES) .ci/oldest.py | $(VENV)/.torch
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info > (3, 13))' || { \
+		echo "the oldest numpy has no build for $$($(BIN)/python -V); remove $(VENV) and name" \
+			"another: make test-oldest PYTHON=python3.10"; exit 1; }
+	@echo "Installing dit_sparse with the oldest versions it allows into $(VENV)"
+	@$(PIP) install --no-deps -e .
+	@$(BIN)/python .ci/oldest.py > $(VENV)/oldest.txt
+	@$(PIP) install -c $(VENV)/oldest.txt -e ".[dev,quality,distill]"
+	@touch $@
 
 $(VENV)/.docs: $(SOURCES) | $(VENV)/.torch
 	@echo "Installing dit_sparse and what builds its site into $(VENV): it takes a minute or two"

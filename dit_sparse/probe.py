@@ -113,10 +113,10 @@ def recall(lse: Tensor, full: Tensor, rows: Tensor) -> Tensor:
         rows: The rows of ``full``.
 
     Returns:
-        fp32 ``[heads]``, in [0, 1] up to rounding.
+        fp32 ``[heads]``, in [0, 1]: a row whose two LSEs are rounded apart counts 1.
     """
     kept = lse[..., rows.to(lse.device)].float()
-    return (kept - full).exp().mean((0, 2))
+    return (kept - full).exp().clamp(max=1).mean((0, 2))
 
 
 def relative_error(

@@ -48,6 +48,12 @@ def test_recall_is_the_kept_share_of_mass(seed, batch, heads, video, text, count
     assert torch.allclose(recall(mass[..., 1].log(), full, rows).double(), share, atol=1e-4)
 
 
+def test_a_row_that_keeps_everything_counts_one_although_its_lse_is_rounded():
+    full = torch.tensor([[[5.0, 6.0], [7.0, 8.0]]])
+    above = full * (1 + torch.finfo(torch.float32).eps)
+    assert recall(above, full, torch.arange(2)).tolist() == [1, 1]
+
+
 def test_the_rows_of_a_seed_are_always_the_same():
     assert torch.equal(probe_rows(100, 8, 3), probe_rows(100, 8, 3))
     assert not torch.equal(probe_rows(100, 8, 3), probe_rows(100, 8, 4))

@@ -56,7 +56,7 @@ def attention_mass(call: AttentionCall, ops: Backends) -> list[HeadMass]:
     size = layout.lengths[0, 0].double().cpu()
     share = mass / size[:, None]
     blocks = share.shape[-1]
-    ranked = share.sort(-1, descending=True).values.cumsum(-1)
+    ranked = share.sort(-1, descending=True).values.cumsum(-1).clamp(max=1)  # above by rounding
     text = call.grid.text_blocks(BLOCK)
     video = ~text
     side = min(SIDE, blocks)
@@ -69,6 +69,8 @@ def attention_mass(call: AttentionCall, ops: Backends) -> list[HeadMass]:
         heaviest = tuple(
             float(ranked[head, :, max(1, round(part * blocks)) - 1].mean()) for part in SHARES
         )
-        on_text = float(share[head][video][:, text].sum(-1).mean()) if text.any() else None
+        on_text = None
+        if text.any():
+            on_text = float(share[head][video][:, text].sum(-1).clamp(max=1).mean())
         found.append(HeadMass(pooled / rows[:, None], heaviest, on_text))
     return found

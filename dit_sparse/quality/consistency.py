@@ -93,7 +93,7 @@ class Consistency(Meter):
 
 
 class Chain:
-    """One clip's similarities, kept with two features only."""
+    """One clip's similarities, each in [0, 1], kept with two features only."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -106,7 +106,10 @@ class Chain:
         if self._first is None or self._before is None:
             self._first = unit
         else:
-            near = [max(0.0, float(unit @ other)) for other in (self._before, self._first)]
+            # Unit vectors are rounded: without the upper limit a cosine reaches 1 + 2e-16.
+            near = [
+                min(1.0, max(0.0, float(unit @ other))) for other in (self._before, self._first)
+            ]
             self.values.append(sum(near) / 2)
         self._before = unit
 

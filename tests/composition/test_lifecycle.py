@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import pickle
 import threading
 import weakref
@@ -96,25 +97,45 @@ def test_orphaned_transformer(family, verdict):
 )
 def test_saved(family, verdict, tmp_path):
     assert isinstance(verdict, Works)
-    stock, plain = alone(family)
+    _, plain = alone(family)
     pipe, args = build(family)
+    one, other = tmp_path / "stock", tmp_path / "ours"
+    pipe.save_pretrained(one)
     handle = enable(pipe)
-    pipe.save_pretrained(tmp_path)
-    handle.strategy.save_pretrained(tmp_path)
+    pipe.save_pretrained(other)
+    assert contents(other) == contents(one)
+    handle.strategy.save_pretrained(other)
     assert torch.equal(tiny.run(pipe, args), plain)
-    nothing = {
-        name: None
-        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        if name in pipe.components
-    }
-    loaded = type(pipe).from_pretrained(tmp_path, **nothing)
-    loaded.set_progress_bar_config(disable=True)
+    # Compared with a plain reload: the weights of a loaded pipeline lie elsewhere in memory,
+    # and on some processors stock Diffusers then rounds otherwise than before it was saved.
+    stock = load(pipe, one)
+    loaded = load(pipe, other)
     assert loaded.sparse_attention is None
     assert is_plain(loaded)
-    assert torch.equal(tiny.run(loaded, args), stock)
+    assert torch.equal(tiny.run(loaded, args), tiny.run(stock, args))
     found = loaded.enable_sparse_attention(strict=True)
     assert found.strategy == handle.strategy
-    assert torch.equal(tiny.run(loaded, args), plain)
+    enable(stock)
+    assert torch.equal(tiny.run(loaded, args), tiny.run(stock, args))
+
+
+def contents(folder):
+    """Hash all files of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def load(pipe, folder):
+    """Load a saved pipeline; its text encoders were never there."""
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    loaded = type(pipe).from_pretrained(
+        folder, **{name: None for name in names if name in pipe.components}
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 @cells("copy.deepcopy of pipeline and transformer", quick=("flux", "pixart_sigma"))

@@ -24,12 +24,27 @@ WAYS = {
 }
 
 
-def start(folder, way, *, alone=False):
-    """Make the trainer of a way; ``alone``: of one process that has all weights."""
+def start(folder, way, *, alone=False, shaken=False):
+    """Make the trainer of a way.
+
+    Args:
+        folder: For its output.
+        way: A key of ``WAYS``.
+        alone: One process that has all weights.
+        shaken: Every fp32 base weight is moved by up to one rounding: what comes out then differs
+            by what one rounding in each weight is worth.
+    """
     options = dict(WAYS[way])
     if alone:
         options.pop("sharding", None)
-    return setup.trainer(folder, train={**TRAIN, **options.pop("train", {})}, **options)
+    made = setup.trainer(folder, train={**TRAIN, **options.pop("train", {})}, **options)
+    if shaken:
+        generator = torch.Generator().manual_seed(1)
+        for name, weight in made.pipe.transformer.named_parameters():
+            if weight.dtype == torch.float32 and "lora_" not in name:
+                by = torch.rand(weight.shape, generator=generator) * 2 - 1
+                weight.data.mul_(1 + torch.finfo(torch.float32).eps * by)
+    return made
 
 
 def held(model):

@@ -179,7 +179,7 @@ CHEAP = {"diff", "methods"}
 @pytest.mark.parametrize("page", pages_with("shell"))
 def test_shell_blocks_are_what_the_commands_take(page, desk):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^(\w+):", makefile, re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
     for block in BLOCKS[page]:
         if block.language != "shell":
             continue

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run scripts as torchrun does, but import torch and diffusers once for all of them.
 
-    python -m tests.parallel.launch JOBS.json
+    python -m tests.parallel.launch JOBS.json [MODULE ...]
 
-Each job is a script, its arguments, a number of processes and a file for what they print.
+Each job is a script, its arguments, a number of processes and a file for what they print. The
+modules are imported before the processes are forked, so that this too is paid for once.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -47,6 +49,8 @@ def process(rank: int, job: dict, port: int) -> None:
 
 def main() -> None:
     fork = multiprocessing.get_context("fork")
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

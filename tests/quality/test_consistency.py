@@ -31,6 +31,17 @@ def test_the_formula_in_plain_loops(frames, channels, seed):
     assert chain.values == pytest.approx(wanted, abs=1e-12)
 
 
+def test_a_still_clip_has_consistency_one_and_never_more():
+    """The product of two rounded unit vectors passes 1 in every fourth draw or so."""
+    for seed in range(40):
+        feature = torch.from_numpy(np.random.default_rng(seed).normal(0, 1, 37))
+        chain = Chain()
+        for scale in (1, 3, 0.7, -1):
+            chain.add(feature * scale)
+        assert max(chain.values) <= 1
+        assert chain.values == pytest.approx([1, 1, 0], abs=1e-15)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     torch.manual_seed(0)

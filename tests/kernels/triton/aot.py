@@ -8,6 +8,10 @@ for its instructions; registers and spills are what ptxas (LLVM on AMD) reports.
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py write      docs/benchmarks/aot.json
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py NAME ...   these rows, as JSON
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py all        every row, as JSON
+    TRITON_INTERPRET=0 python tests/kernels/triton/aot.py changed TABLE.json
+
+The last gives every row too, but compiles only those whose key is not the table's: what a
+compiler makes of the same source, arguments, options and target is the same.
 
 A row's name is ``kernel/plan/dtype/head_dim/block/target``. Plans: ``spread`` (block lists of
 equal blocks), ``uneven`` (other starts), ``full`` (permutations and bit tiles too).
@@ -15,6 +19,7 @@ equal blocks), ``uneven`` (other starts), ``full`` (permutations and bit tiles t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -85,6 +90,12 @@ def source_of(launch):
         else:
             signature[name] = describe(value, (i,))
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def key_of(launch, target):
+    """Hash all that decides what a launch is compiled to, but for the version of Triton."""
+    options = sorted(launch.options.items())
+    return hashlib.sha256(f"{source_of(launch).hash()} {options} {target}".encode()).hexdigest()
 
 
 def compile_launch(launch, target):
@@ -245,24 +256,33 @@ def kmeans_launch(kernel, points, target):
     return update_launches(points, labels.long(), counts, means)[steps.index(kernel)]
 
 
-def row(name):
-    """Compile one row; a failure is a row too."""
-    launch = launch_for(name)
+def row(name, known=None):
+    """Compile one row, unless ``known`` has its key; a failure is a row too."""
+    launch, target = launch_for(name), name.rsplit("/", 1)[1]
+    key = key_of(launch, target)
+    if known is not None and known.get("key") == key:
+        return known
     sizes = [launch.arguments.get(key) for key in ("BLOCK_M", "BLOCK_N")]
     tile = "x".join(str(size) for size in sizes if size)  # none: a kernel without products
-    head = {"tile": tile, "stages": launch.stages}
+    head = {"key": key, "tile": tile, "stages": launch.stages}
     try:
-        return head | compile_launch(launch, name.rsplit("/", 1)[1])
+        return head | compile_launch(launch, target)
     except Exception as error:  # noqa: BLE001  (compilers fail in many ways: the row says how)
         return head | {"failed": f"{type(error).__name__}: {str(error).strip()[-200:]}"}
 
 
 def main(wanted):
     """Print or write rows."""
-    chosen = names() if wanted in (["write"], ["all"]) else wanted
+    known = {}
+    if wanted[0] == "changed":
+        old = json.loads(Path(wanted[1]).read_text())
+        known = old["rows"] if old["triton"] == triton.__version__ else {}
+        chosen = list(old["rows"])
+    else:
+        chosen = names() if wanted in (["write"], ["all"]) else wanted
     table = {}
     for name in chosen:
-        table[name] = row(name)
+        table[name] = row(name, known.get(name))
         sys.stderr.write(f"{name} {table[name]}\n")
     if wanted != ["write"]:
         sys.stdout.write(json.dumps(table))
