@@ -69,11 +69,6 @@ HERE = _Here()
 # table holds weak references, so it neither keeps a pipeline alive nor needs clearing.
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 _IDS = itertools.count()
-# By the sequence's axis: what processors call where nobody asked for anything else.
-_STOCK: dict[int, Callable[..., Tensor]] = {
-    1: attention_dispatch.dispatch_attention_fn,
-    2: torch.nn.functional.scaled_dot_product_attention,
-}
 
 
 class Site:
@@ -225,6 +220,13 @@ def _compute_share(
     return parallel.exchange(core, alone, query, key, value, mask, scale, config, shape)
 
 
+def _stock_attention(seq_axis: int) -> Callable[..., Tensor]:
+    """Look up what processors call; a user may have exchanged it."""
+    if seq_axis == 1:
+        return attention_dispatch.dispatch_attention_fn  # type: ignore[no-any-return]
+    return torch.nn.functional.scaled_dot_product_attention
+
+
 def _stock(
     query: Tensor,
     key: Tensor,
@@ -234,7 +236,7 @@ def _stock(
     seq_axis: int,
 ) -> Tensor:
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
-    result: Tensor = _STOCK[seq_axis](query, key, value, attn_mask=mask, **options)
+    result: Tensor = _stock_attention(seq_axis)(query, key, value, attn_mask=mask, **options)
     return result.contiguous()
 
 
@@ -267,7 +269,7 @@ def attend_operator(
             options["backend"] = getattr(processor, "_attention_backend", None)
             options["parallel_config"] = getattr(processor, "_parallel_config", None)
         # Another thread may have taken it off likewise.
-        stock = processor.attention() if is_derived(processor) else _STOCK[seq_axis]
+        stock = processor.attention() if is_derived(processor) else _stock_attention(seq_axis)
         result: Tensor = stock(q, k, v, **options | changed)
         return result
 
