@@ -160,7 +160,7 @@ class Runtime(SparseEngine):
     def _decline(self, reason: str) -> None:
         """Say once why calls stay dense, or raise."""
         if self.strict:
-            raise GeometryError(f"{reason}; strict=True forbids to stay dense")
+            raise GeometryError(f"{reason}; strict=True forbids dense fallback")
         _, _, cause = reason.partition(": ")
         if cause not in self._told:
             self._told.add(cause)

@@ -146,7 +146,7 @@ def test_a_call_that_is_not_understood_raises_instead_of_training_dense():
     handle = TrainableAttention(model, Strategy.single("radial", block_size=16))
     stage = handle.stages["transformer"]
     object.__setattr__(stage, "family", _Wrong(stage.family))
-    with pytest.raises(GeometryError, match="forbids to stay dense"):
+    with pytest.raises(GeometryError, match="forbids dense fallback"):
         outputs(model, args, handle, 0, grad=True)
     handle.remove()
 
