@@ -52,7 +52,8 @@ def test_a_run_that_is_not_understood_warns_once():
     assert not report.sparse_rows
     (message,) = about
     assert message.startswith("sparse attention 'radial' had no effect: every attention call was")
-    assert "157 tokens, attention has 297" in message
+    (reason,) = report.reasons
+    assert reason in message
     assert report.grid == ""  # not that of the run before
     assert "radial', 4 steps" in report.summary()
 
