@@ -18,7 +18,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dit_sparse.pipelines.caller import Caller
 
-NEAR = 4e-3  # relative: one rounding to bfloat16
 UNKNOWN = (
     "no step is known: enable on the pipeline, give scheduler=..., or call "
     "handle.at(step, num_steps) before each pass, in the thread that runs it"
@@ -210,9 +209,12 @@ def look_up(now: Any, timesteps: Tensor) -> int | None:
 
 def _alike(value: Tensor, known: Tensor, scale: int) -> set[int]:
     """Find the steps whose time over ``scale`` is this value, as near as its dtype tells."""
+    rounded = (known / scale).to(value.dtype)
+    if not value.is_floating_point():
+        return set((rounded == value).nonzero().flatten().tolist())
     gaps = (known - scale * value.double()).abs()
     place = int(gaps.argmin())
-    if not float(gaps[place]) <= NEAR * float(known[place].abs()):
+    # A rounding to the dtype, before the division or after it.
+    if not float(gaps[place]) <= torch.finfo(value.dtype).eps * float(known[place].abs()):
         return set()
-    rounded = (known / scale).to(value.dtype)
     return set((rounded == rounded[place]).nonzero().flatten().tolist())
