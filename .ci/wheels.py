@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a wheel for every platform, and the sdist, into dist: ``make wheels``.
+"""Build a wheel for every platform, and the sdist, into a folder (dist): ``make wheels``.
 
 Each wheel is built from a copy of what git tracks, so nothing else gets into it. ziglang compiles
 the native kernel, and what the library asks of glibc is compared with its wheel's tag.
@@ -23,11 +23,11 @@ CALL = "import build_backend, sys; build_backend.{}(sys.argv[1], {})"
 
 def main() -> None:
     """Build all of them; the first that cannot be built ends it."""
-    dist = ROOT / "dist"
+    dist = Path(sys.argv[1] if len(sys.argv) > 1 else "dist").resolve()
     dist.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         tracked = subprocess.run(
-            ["git", "ls-files", "-z"],  # noqa: S607
+            ["git", "ls-files", "-z", "--deduplicate"],  # noqa: S607
             cwd=ROOT, check=True, capture_output=True,
         ).stdout.decode()  # fmt: skip
         for target in (None, *native_build.TARGETS.values()):
@@ -37,7 +37,7 @@ def main() -> None:
             path = _build(source, dist, target)
             if target is not None:
                 _check(path)
-            print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")  # noqa: T201
+            print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")  # noqa: T201
 
 
 def _copy(path: Path, to: Path) -> None:

@@ -9,11 +9,28 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from dit_sparse.kernels import native_build
+
+LIBRARY_FOLDER = "dit_sparse/kernels/native/lib/"
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in native_build.COMPILERS),
+    reason="needs a C++ compiler on PATH",
+)
+# What a library's state is for whoever imports the package.
+STATE = """
+from dit_sparse.errors import NativeUnavailable
+from dit_sparse.kernels import native_library
+try:
+    print(native_library.load()._name)
+except NativeUnavailable as error:
+    print("no:", error)
+"""
 LINKS = ("kernels", "pipelines", "profiles")
 
 
@@ -31,21 +48,35 @@ def run(*arguments, cwd, **environment):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(root, tmp_path_factory):
-    """Build a wheel from a copy, so that the repository gets no build folders."""
-    source = tmp_path_factory.mktemp("source") / "dit-sparse"
-    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+def copy_to(source, root):
+    """Copy what is packaged, so that the repository gets no build folders."""
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "lib")
+    shutil.copytree(root / ".ci", source / ".ci", ignore=skip)
     shutil.copytree(root / "dit_sparse", source / "dit_sparse", ignore=skip)
     for name in LINKS:
         (source / name).symlink_to(source / "dit_sparse" / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
-    out = tmp_path_factory.mktemp("wheel")
-    build = ("wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out))
-    run("-m", "pip", *build, cwd=source)
+    return source
+
+
+def build_wheel(source, out, **environment):
+    build = ("wheel", source, "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out))
+    run("-m", "pip", *build, cwd=out, **environment)
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(root, tmp_path_factory):
+    source = copy_to(tmp_path_factory.mktemp("source") / "dit-sparse", root)
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+def library_of(wheel):
+    """Name the one file in the folder of the native library."""
+    (name,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.startswith(LIBRARY_FOLDER))
+    return name
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -87,12 +118,13 @@ def test_wheel_holds_the_package_and_nothing_else(root, wheel):
     package = root / "dit_sparse"
     wanted = {
         path.relative_to(root).as_posix()
-        for pattern in ("**/*.py", "profiles/*.json", "py.typed")
+        for pattern in ("**/*.py", "profiles/*.json", "py.typed", "kernels/native/*.*")
         for path in package.glob(pattern)
     }
     assert "dit_sparse/py.typed" in wanted
     assert any(name.startswith("dit_sparse/kernels/") for name in wanted)
     assert any(name.startswith("dit_sparse/profiles/") for name in wanted)
+    wanted.add(library_of(wheel))
     assert {name for name in names if ".dist-info/" not in name} == wanted
 
 
@@ -104,3 +136,61 @@ def test_wheel_runs_where_it_is_unpacked(wheel, tmp_path):
     code = "import dit_sparse, dit_sparse.kernels.reference as r; print(dit_sparse.__file__)"
     out = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert out.strip() == str(tmp_path / "site" / "dit_sparse" / "__init__.py")
+
+
+def state_in(wheel, folder):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return run("-c", STATE, cwd=folder, PYTHONPATH=str(folder)).strip()
+
+
+@needs_compiler
+def test_wheel_holds_a_native_library_that_loads(wheel, tmp_path):
+    assert re.fullmatch(r"dit_sparse-.*-py3-none-(linux|macosx|win)_?\w+\.whl", wheel.name)
+    assert state_in(wheel, tmp_path) == str(tmp_path / library_of(wheel))
+
+
+def test_a_wheel_is_built_without_a_compiler(root, tmp_path):
+    # As `pip install .` on a machine without one: it succeeds, and the reason comes along.
+    source = copy_to(tmp_path / "dit-sparse", root)
+    (tmp_path / "out").mkdir()
+    wheel = build_wheel(source, tmp_path / "out", PATH=str(tmp_path / "nothing"))
+    assert library_of(wheel) == f"{LIBRARY_FOLDER}failed.txt"
+    state = state_in(wheel, tmp_path / "site")
+    assert "no: building the native library failed: no C++ compiler found" in state
+    assert "dit-sparse doctor --build" in state
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_sdist_builds_a_wheel_with_its_library(root, tmp_path):
+    source = copy_to(tmp_path / "dit-sparse", root)
+    code = "import sys; sys.path.insert(0, '.ci'); import build_backend; {}"
+    run("-c", code.format(f"build_backend.build_sdist({str(tmp_path)!r})"), cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    native = {path.relative_to(root).as_posix() for path in native_build.source_files()}
+    assert {".ci/build_backend.py", *native} <= names
+    assert not [name for name in names if Path(name).suffix in {".so", ".dylib", ".dll"}]
+    (tmp_path / "out").mkdir()
+    wheel = build_wheel(sdist, tmp_path / "out")
+    assert not state_in(wheel, tmp_path / "site").startswith("no:")
+
+
+@pytest.mark.slow
+def test_wheels_for_every_platform_of_which_one_loads_here(root, tmp_path):
+    pytest.importorskip("ziglang", reason="needs ziglang: pip install -e '.[wheels]'")
+    run(".ci/wheels.py", str(tmp_path), cwd=root)
+    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
+    wheels = {path.name.rpartition("-none-")[2]: path for path in tmp_path.glob("*.whl")}
+    targets = native_build.TARGETS.values()
+    assert set(wheels) == {f"{target.wheel}.whl" for target in targets}
+    for target in targets:
+        name = library_of(wheels[f"{target.wheel}.whl"])
+        assert Path(name).name.startswith(f"{target.name}-{native_build.source_hash()}-")
+    wheel = wheels[f"{native_build.this_target().wheel}.whl"]
+    assert not state_in(wheel, tmp_path / "site").startswith("no:")
+
+
+def test_one_version_of_ziglang(root):
+    assert f'"{native_build.ZIGLANG}"' in (root / "pyproject.toml").read_text(encoding="utf-8")
