@@ -179,7 +179,8 @@ def test_sdist_builds_a_wheel_with_its_library(root, tmp_path):
     code = "import sys; sys.path.insert(0, '.ci'); import build_backend; {}"
     run("-c", code.format(f"build_backend.build_sdist({str(tmp_path)!r})"), cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     native = {path.relative_to(root).as_posix() for path in native_build.source_files()}
     assert {".ci/build_backend.py", *native} <= names
     assert not [name for name in names if Path(name).suffix in {".so", ".dylib", ".dll"}]
