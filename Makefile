@@ -75,8 +75,7 @@ fidelity: $(VENV)/.dev
 	@$(BIN)/python samples/atlas/page.py
 
 # Compiled by ziglang, from PyPI (about 100 MB): one compiler for every platform.
-wheels: $(VENV)/.use
-	@$(PIP) install -e ".[wheels]"
+wheels: $(VENV)/.wheels
 	@$(BIN)/python .ci/wheels.py
 
 # Strict: a link that leads nowhere, or a page that is in no menu, is an error.
@@ -131,4 +130,9 @@ $(VENV)/.oldest: $(SOURCES) .ci/oldest.py | $(VENV)/.torch
 $(VENV)/.docs: $(SOURCES) | $(VENV)/.torch
 	@echo "Installing dit_sparse and what builds its site into $(VENV): it takes a minute or two"
 	@$(PIP) install -e ".[docs]"
+	@touch $@ $(VENV)/.use
+
+$(VENV)/.wheels: $(SOURCES) | $(VENV)/.torch
+	@echo "Installing dit_sparse and what builds its wheels into $(VENV): it takes a minute or two"
+	@$(PIP) install -e ".[wheels]"
 	@touch $@ $(VENV)/.use

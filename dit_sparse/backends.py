@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.canary import check_kernel, check_lloyd, small_plan
+from dit_sparse.canary import check_kernel, check_lloyd, race, small_plan
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels.kmeans import kmeans
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # Name -> module, best first. Nothing is imported before it is asked for.
 KERNELS = {
-    "cpu": "dit_sparse.kernels.cpu",  # first: it says no to a GPU without importing Triton
+    "native": "dit_sparse.kernels.native",  # the CPU's come first: they refuse a GPU at once
+    "cpu": "dit_sparse.kernels.cpu",
     "triton": "dit_sparse.kernels.triton_attention",
     "cudnn": "dit_sparse.kernels.cudnn",
     "flashinfer": "dit_sparse.kernels.flashinfer",
@@ -59,6 +60,7 @@ class Backends(Planning):
         """Name of the kernel that answered the last call."""
         self._modules: dict[str, ModuleType | str] = {}
         self._trusted: set[Key] = set()
+        self._fastest: dict[tuple[torch.dtype, int, int], str] = {}
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
@@ -81,8 +83,12 @@ class Backends(Planning):
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         name, module = self._choose(query, plan, "attend", needs_grad=needs_grad)
         self._canary(name, module, query)
+        result: tuple[Tensor, Tensor] | None = module.attend(query, key, value, plan, scale)
+        if result is None:  # numbers that it does not compute with: see kernels/native.py
+            name, module = "cpu", importlib.import_module(KERNELS["cpu"])
+            self._canary(name, module, query)
+            result = module.attend(query, key, value, plan, scale)
         self.last_kernel = name
-        result: tuple[Tensor, Tensor] = module.attend(query, key, value, plan, scale)
         return result if name != "reference" else _rounded(result, query.dtype)
 
     def block_mass(
@@ -220,12 +226,27 @@ class Backends(Planning):
             reasons = self._reasons(name, query, plan, operation, needs_grad=needs_grad)
             module = self._module(name)
             if not reasons and not isinstance(module, str):
+                if name == "native" and self.kernel is None:
+                    return self._faster_on_cpu(query)
                 return name, module
             against += [f"{name}: {reason}" for reason in reasons]
         raise KernelError(
             f"no kernel can {operation} {query.dtype} {tuple(query.shape)} on {query.device}:\n  "
             + "\n  ".join(against)
         )
+
+    def _faster_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
+        """Choose between the CPU's two kernels by a race, once for each dtype and head_dim."""
+        key = (query.dtype, query.shape[-1], torch.get_num_threads())
+        if key not in self._fastest:
+            modules = {
+                name: importlib.import_module(KERNELS[name])
+                for name in ("native", "cpu")
+                if name in KERNELS
+            }
+            self._fastest[key] = race(modules, query.dtype, query.shape[-1])
+        name = self._fastest[key]
+        return name, importlib.import_module(KERNELS[name])
 
     def _canary(self, name: str, module: ModuleType, query: Tensor) -> None:
         """Compare a kernel with the reference before its first use on a device and dtype."""

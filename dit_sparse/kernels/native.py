@@ -44,7 +44,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Pointer) for name in ("query", "key", "value", "output", "lse", "mass")),
         *((f"{name}_strides", _Long * 3) for name in ("query", "key", "value", "output")),
-        *((name, _Long) for name in ("batch", "heads", "tokens", "head_dim")),
+        *((name, _Long) for name in ("batch", "heads", "tokens", "kv_tokens", "head_dim")),
         *((name, _Long) for name in ("q_blocks", "kv_blocks", "cap", "q_slots", "kv_slots")),
         *((name, _Long) for name in ("tile_rows", "tile_words")),
         *(
@@ -59,7 +59,7 @@ class _Call(ctypes.Structure):
         ("dtype", _Int),
         ("stop", _Int),
         ("scale", ctypes.c_float),
-        ("only_mass", _Int),
+        ("careful", _Int),
     )
 
 
@@ -109,8 +109,8 @@ def attend(
     """
     query, key, value = (_rows(x.detach()) for x in (query, key, value))
     batch, tokens, heads, head_dim = query.shape
-    output = query.new_zeros((batch, tokens, heads, head_dim))
-    lse = torch.full((batch, heads, tokens), -torch.inf)
+    output = query.new_empty((batch, tokens, heads, head_dim))
+    lse = torch.empty((batch, heads, tokens))
     held: list[Tensor] = [query, key, value, output, lse]
     call = _Call(
         query.data_ptr(),
@@ -123,6 +123,7 @@ def attend(
         *query.shape[:1],
         heads,
         tokens,
+        key.shape[1],
         head_dim,
     )
     call.dtype, call.scale = DTYPES[query.dtype], scale
@@ -167,6 +168,13 @@ def _lay_out(call: _Call, plan: BlockPlan, held: list[Tensor]) -> None:
 
 def _run(call: _Call, plan: BlockPlan, instruction_set: str | None) -> bool:
     """Compute a call in as many threads as torch has and the work is worth; False: not finite."""
+    if _run_threads(call, plan, instruction_set):
+        return True
+    call.next, call.stop, call.careful = 0, 0, 1  # it may be a number that takes no part
+    return _run_threads(call, plan, instruction_set)
+
+
+def _run_threads(call: _Call, plan: BlockPlan, instruction_set: str | None) -> bool:
     name = instruction_sets()[0] if instruction_set is None else instruction_set
     library = native_library.load()
     results: list[int] = []

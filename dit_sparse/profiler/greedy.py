@@ -14,7 +14,7 @@ the strategy is chosen in the end from all that was measured.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import PrivateAttr
@@ -45,6 +45,8 @@ class Greedy(Method):
         capture: Measures; sees every call first.
         wish: Chooses, each layer by itself, with the assumed time model.
     """
+
+    summary: ClassVar[str] = "measures and chooses for every layer in turn (profile --sequential)"
 
     capture: Capture
     wish: Wish

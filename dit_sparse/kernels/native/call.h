@@ -17,7 +17,7 @@ struct Call {
   float* lse;   // [batch, heads, tokens]; block mass reads it, all else writes it
   float* mass;  // [batch, heads, q_blocks, kv_blocks] or null
   int64_t query_strides[3], key_strides[3], value_strides[3], output_strides[3];  // batch, token, head
-  int64_t batch, heads, tokens, head_dim;
+  int64_t batch, heads, tokens, kv_tokens, head_dim;
   int64_t q_blocks, kv_blocks, cap, q_slots, kv_slots, tile_rows, tile_words;
   int64_t q_lead[2], kv_lead[2], list_lead[2], q_permutation_lead[2], kv_permutation_lead[2], weight_lead[2];
   const int32_t *q_starts, *q_lengths, *kv_starts, *kv_lengths;
@@ -29,5 +29,7 @@ struct Call {
   int32_t dtype;
   int32_t stop;  // a thread found what the kernel cannot compute: a Result
   float scale;
-  int32_t only_mass;
+  // 0: every number is checked first; 1: only what takes part is, where it is read. A call runs again
+  // with 1 when a number was found that may not take part.
+  int32_t careful;
 };

@@ -4,7 +4,7 @@
 // A piece of work is one query block of one (sample, head). Its queries stand transposed in tiles of
 // up to 4 vectors; up to TILES of them share each chunk of up to CHUNK keys, which is copied out of
 // the plan's blocks as fp32 (so strides, permutations and 16-bit numbers cost one copy): keys as
-// rows, values as panels of PANEL columns. Softmax is the online one, in powers of 2.
+// rows, values as panels of PANEL columns. Softmax is the online one.
 #include <cmath>
 #include <cstdlib>
 
@@ -20,13 +20,16 @@ namespace ISA {
 #define TILES 4
 #endif
 constexpr int PANEL = 24;  // a multiple of every R below
+#ifndef FLOATS
+#define FLOATS 6144
+#endif
 constexpr int MOST = 4 * WIDTH;  // queries in a tile at most
 constexpr float LARGEST = 1.44115188e17f;        // 2^57: no product of two such, summed, overflows
 constexpr float LARGEST_VALUE = 1.26765060e30f;  // 2^100: nor a sum of such over all keys
 
 // Registers: QV * R sums, and the R broadcasts or a part of them.
 template <int QV> struct Rows;
-#if WIDTH == 8
+#if WIDTH == 8 || (WIDTH == 16 && !defined(__AVX512F__))
 template <> struct Rows<1> { static constexpr int R = 8; };
 template <> struct Rows<2> { static constexpr int R = 6; };
 template <> struct Rows<3> { static constexpr int R = 4; };
@@ -50,14 +53,15 @@ INLINE const T* of(const T* tensor, const int64_t* sizes, int64_t sample, int64_
 }
 
 struct Head {
-  const Call& call;
+  Call& call;
   int64_t query_at, key_at, value_at, output_at;  // first element
   const int32_t *q_starts, *q_lengths, *kv_starts, *kv_lengths, *indices, *counts, *partial;
   const int64_t *q_permutation, *kv_permutation;
   const float* log_weight;
   float *lse, *mass;
+  int chunk;  // keys in a chunk
 
-  Head(const Call& c, int64_t b, int64_t h) : call(c) {
+  Head(Call& c, int64_t b, int64_t h) : call(c) {
     query_at = b * c.query_strides[0] + h * c.query_strides[2];
     key_at = b * c.key_strides[0] + h * c.key_strides[2];
     value_at = b * c.value_strides[0] + h * c.value_strides[2];
@@ -72,6 +76,7 @@ struct Head {
     q_permutation = of(c.q_permutation, c.q_permutation_lead, b, h, c.q_slots);
     kv_permutation = of(c.kv_permutation, c.kv_permutation_lead, b, h, c.kv_slots);
     log_weight = of(c.log_weight, c.weight_lead, b, h, c.kv_slots);
+    chunk = c.head_dim * CHUNK > FLOATS ? (FLOATS / c.head_dim < 24 ? 24 : FLOATS / c.head_dim / 12 * 12) : CHUNK;
     lse = c.lse + (b * c.heads + h) * c.tokens;
     mass = c.mass ? c.mass + (b * c.heads + h) * c.q_blocks * c.kv_blocks : nullptr;
   }
@@ -96,39 +101,51 @@ INLINE Vec from_float16(const uint16_t* p) {
 }
 
 template <typename Source, typename Convert>
-INLINE void copy(const Source* p, int64_t count, float* to, Int* peak, Convert convert) {
+INLINE void copy(const Source* p, int64_t count, float* to, Convert convert) {
   int64_t e = 0;
-  for (; e + WIDTH <= count; e += WIDTH) {
-    const Vec x = convert(p + e);
-    store(to + e, x);
-    const Int size = (Int)x & 0x7fffffff;
-    *peak = size > *peak ? size : *peak;
-  }
+  for (; e + WIDTH <= count; e += WIDTH) store(to + e, convert(p + e));
   if (e == count) return;
   Source rest[WIDTH] = {};
   std::memcpy(rest, p + e, (count - e) * sizeof(Source));
   const Vec x = convert(rest);
   std::memcpy(to + e, &x, (count - e) * sizeof(float));
-  const Int size = (Int)x & 0x7fffffff;
-  *peak = size > *peak ? size : *peak;
 }
 
-// Copy numbers as fp32; peak is the largest size seen, as bits (nan and inf are the largest).
-INLINE void read(const void* from, int64_t at, int32_t dtype, int64_t count, float* to, Int* peak) {
+// Copy numbers as fp32.
+INLINE void read(const void* from, int64_t at, int32_t dtype, int64_t count, float* to) {
   if (dtype == FLOAT32)
-    copy((const float*)from + at, count, to, peak, [](const float* p) { return load(p); });
+    copy((const float*)from + at, count, to, [](const float* p) { return load(p); });
   else if (dtype == BFLOAT16)
-    copy((const uint16_t*)from + at, count, to, peak, [](const uint16_t* p) { return from_bfloat16(p); });
+    copy((const uint16_t*)from + at, count, to, [](const uint16_t* p) { return from_bfloat16(p); });
   else
-    copy((const uint16_t*)from + at, count, to, peak, [](const uint16_t* p) { return from_float16(p); });
+    copy((const uint16_t*)from + at, count, to, [](const uint16_t* p) { return from_float16(p); });
 }
 
-INLINE bool exceeds(const Int& peak, float limit) {
+// Whether all numbers are smaller than limit; nan and inf are not. As bits, sizes sort like numbers.
+template <typename Source, typename Convert>
+INLINE bool ordinary(const Source* p, int64_t count, float limit, Convert convert) {
   int32_t bits;
   std::memcpy(&bits, &limit, sizeof bits);
-  bool found = false;
-  for (int i = 0; i < WIDTH; i++) found |= peak[i] >= bits;
-  return found;
+  const Int most = Int{} + bits;
+  Int over = {};
+  int64_t e = 0;
+  for (; e + WIDTH <= count; e += WIDTH) over |= ((Int)convert(p + e) & 0x7fffffff) >= most;
+  if (e < count) {
+    Source rest[WIDTH] = {};
+    std::memcpy(rest, p + e, (count - e) * sizeof(Source));
+    over |= ((Int)convert(rest) & 0x7fffffff) >= most;
+  }
+  int32_t any = 0;
+  for (int i = 0; i < WIDTH; i++) any |= over[i];
+  return !any;
+}
+
+INLINE bool ordinary(const void* from, int64_t at, int32_t dtype, int64_t count, float limit) {
+  if (dtype == FLOAT32)
+    return ordinary((const float*)from + at, count, limit, [](const float* p) { return load(p); });
+  if (dtype == BFLOAT16)
+    return ordinary((const uint16_t*)from + at, count, limit, [](const uint16_t* p) { return from_bfloat16(p); });
+  return ordinary((const uint16_t*)from + at, count, limit, [](const uint16_t* p) { return from_float16(p); });
 }
 
 INLINE uint16_t to_bfloat16(float x) {
@@ -181,7 +198,7 @@ struct Walk {
     const Call& call = head.call;
     chunk.count = chunk.segments = 0;
     chunk.weighted = chunk.cut = false;
-    while (entry < count && chunk.count < CHUNK) {
+    while (entry < count && chunk.count < head.chunk) {
       const int64_t block = index[entry], start = head.kv_starts[block], length = head.kv_lengths[block];
       const int32_t* tile = nullptr;
       if (partial && partial[entry] >= 0)
@@ -189,7 +206,7 @@ struct Walk {
       Segment& segment = chunk.segment[chunk.segments];
       segment.first = chunk.count;
       uint32_t live = 0;
-      for (; column < length && chunk.count < CHUNK; column++) {
+      for (; column < length && chunk.count < head.chunk; column++) {
         if (tile) {
           if (column % 32 == 0 || chunk.count == segment.first) {
             live = 0;
@@ -201,7 +218,7 @@ struct Walk {
         int64_t token = head.kv_permutation ? head.kv_permutation[slot] : slot;
         float weight = 0.0f;
         if (head.log_weight) {
-          weight = head.log_weight[slot] * LOG2_E;
+          weight = head.log_weight[slot];
           if (weight == MINUS_INF) token = -1;
         }
         if (token < 0) weight = MINUS_INF;
@@ -221,6 +238,24 @@ struct Walk {
   }
 };
 
+// Asks the cache for the keys and values of the next chunk, a few at a time while this one is computed.
+struct Ahead {
+  const Head& head;
+  const Chunk& chunk;
+  int at = 0, step = 1;
+
+  void more() {
+    const Call& call = head.call;
+    const int64_t size = call.dtype == FLOAT32 ? 4 : 2, bytes = call.head_dim * size;
+    for (const int stop = at + step < chunk.count ? at + step : chunk.count; at < stop; at++) {
+      const int64_t token = chunk.token[at] < 0 ? 0 : chunk.token[at];
+      const char* key = (const char*)call.key + (head.key_at + token * call.key_strides[1]) * size;
+      const char* value = (const char*)call.value + (head.value_at + token * call.value_strides[1]) * size;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(key + i, 0, 2), __builtin_prefetch(value + i, 0, 2);
+    }
+  }
+};
+
 // ---- scratch memory of one thread -------------------------------------------------------------
 
 struct Room {
@@ -228,7 +263,8 @@ struct Room {
   float* keys;               // [CHUNK][head_dim]
   float* values;             // [panels][CHUNK][PANEL]
   float* scores;             // [CHUNK + R][tile]
-  float* row;                // [head_dim]
+  float* rows;               // [WIDTH][head_dim]
+  const float* key[CHUNK];   // where each key of the chunk stands
   float *sums, *bases;       // [kv_blocks][tile], where block mass is wanted
   void* memory;
 
@@ -237,12 +273,12 @@ struct Room {
   explicit Room(const Call& c) {
     const int64_t d = padded(c.head_dim), blocks = c.mass ? c.kv_blocks : 0;
     const int64_t sizes[] = {TILES * d * MOST, TILES * d * MOST, CHUNK * d, CHUNK * d,
-                             (CHUNK + PANEL) * MOST, d,              blocks * MOST * TILES, blocks * MOST * TILES};
+                             (CHUNK + PANEL) * MOST, d * WIDTH,             blocks * MOST * TILES, blocks * MOST * TILES};
     int64_t total = 16;
     for (int64_t size : sizes) total += size;
     memory = std::malloc(total * sizeof(float));
     float* at = (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    float** const to[] = {&queries, &outputs, &keys, &values, &scores, &row, &sums, &bases};
+    float** const to[] = {&queries, &outputs, &keys, &values, &scores, &rows, &sums, &bases};
     if (!memory) return;
     for (int i = 0; i < 8; i++) *to[i] = at, at += sizes[i];
     std::memset(values, 0, CHUNK * d * sizeof(float));
@@ -256,51 +292,68 @@ struct Room {
 template <int QV>
 struct Tile {
   static constexpr int N = QV * WIDTH, R = Rows<QV>::R;
-  Vec most[QV], total[QV];  // of the scores so far, in powers of 2; of their exponentials
+  Vec most[QV], total[QV];  // of the scores so far; of their exponentials
   int64_t token[N];
   int count;
 };
 
+INLINE float largest(const Call& call) {  // of a query
+  const float scale = std::fabs(call.scale);
+  return LARGEST / (scale > 1.0f ? scale : 1.0f);
+}
+
 template <int QV>
-static bool load_queries(const Head& head, int64_t slot, int count, Room& room, Tile<QV>& tile, float* queries) {
+static void load_queries(const Head& head, int64_t slot, int count, Room& room, Tile<QV>& tile, float* queries) {
   constexpr int N = QV * WIDTH;
-  const Call& call = head.call;
-  const int64_t d = call.head_dim;
-  const float scale = call.scale * LOG2_E;
-  Int peak = {};
+  Call& call = head.call;
+  const int64_t d = call.head_dim, size = call.dtype == FLOAT32 ? 4 : 2;
+  const Vec scale = splat(call.scale);
   tile.count = count;
   for (int i = 0; i < N; i++) {
     tile.token[i] = i >= count ? -1 : head.q_permutation ? head.q_permutation[slot + i] : slot + i;
-    if (tile.token[i] < 0)
-      std::memset(room.row, 0, d * sizeof(float));
-    else
-      read(call.query, head.query_at + tile.token[i] * call.query_strides[1], call.dtype, d, room.row, &peak);
-    for (int64_t e = 0; e < d; e++) queries[e * N + i] = room.row[e] * scale;
+    if (tile.token[i] < 0) continue;
+    const char* row = (const char*)call.query + (head.query_at + tile.token[i] * call.query_strides[1]) * size;
+    for (int64_t e = 0; e < d * size; e += 64) __builtin_prefetch(row + e);
   }
-  UNROLL for (int j = 0; j < QV; j++) tile.most[j] = splat(MINUS_INF), tile.total[j] = splat(0.0f);
-  const float largest = LARGEST / (std::fabs(scale) > 1.0f ? std::fabs(scale) : 1.0f);
-  return !exceeds(peak, largest);
+  const int64_t wide = Room::padded(d);
+  for (int j = 0; j < QV; j++) {
+    for (int i = 0; i < WIDTH; i++) {
+      const int64_t token = tile.token[j * WIDTH + i];
+      float* row = room.rows + i * wide;
+      if (token < 0) std::memset(row, 0, d * sizeof(float));
+      else {
+        const int64_t at = head.query_at + token * call.query_strides[1];
+        if (call.careful && !ordinary(call.query, at, call.dtype, d, largest(call)))
+          __atomic_store_n(&call.stop, NOT_FINITE, __ATOMIC_RELAXED);
+        read(call.query, at, call.dtype, d, row);
+      }
+    }
+    for (int64_t e = 0; e < d; e += WIDTH) {
+      Vec x[WIDTH];
+      UNROLL for (int i = 0; i < WIDTH; i++) x[i] = load(room.rows + i * wide + e) * scale;
+      transpose(x);
+      UNROLL for (int i = 0; i < WIDTH; i++) if (e + i < d) store(queries + (e + i) * N + j * WIDTH, x[i]);
+    }
+    tile.most[j] = splat(MINUS_INF), tile.total[j] = splat(0.0f);
+  }
 }
 
-static bool load_keys(const Head& head, const Chunk& chunk, Room& room) {
-  const Call& call = head.call;
+static void load_keys(const Head& head, const Chunk& chunk, Room& room) {
+  Call& call = head.call;
   const int64_t d = call.head_dim;
-  Int key_peak = {}, value_peak = {};
   for (int n = 0; n < chunk.count; n++) {
-    const int64_t token = chunk.token[n];
-    float* key = room.keys + n * d;
-    float* value = room.values + n * PANEL;
-    if (token < 0) {
-      std::memset(key, 0, d * sizeof(float));
-      for (int64_t e = 0; e < d; e += PANEL) std::memset(value + e * CHUNK, 0, PANEL * sizeof(float));
-      continue;
-    }
-    read(call.key, head.key_at + token * call.key_strides[1], call.dtype, d, key, &key_peak);
-    const int64_t at = head.value_at + token * call.value_strides[1];
+    const int64_t token = chunk.token[n] < 0 ? 0 : chunk.token[n];  // whose weight is -inf: any row will do
+    const int64_t key = head.key_at + token * call.key_strides[1], value = head.value_at + token * call.value_strides[1];
+    if (call.careful && chunk.token[n] >= 0 &&
+        !(ordinary(call.key, key, call.dtype, d, LARGEST) && ordinary(call.value, value, call.dtype, d, LARGEST_VALUE)))
+      __atomic_store_n(&call.stop, NOT_FINITE, __ATOMIC_RELAXED);
+    float* to = room.keys + n * d;
+    room.key[n] = to;
+    if (call.dtype == FLOAT32) room.key[n] = (const float*)call.key + key;
+    else read(call.key, key, call.dtype, d, to);
     for (int64_t e = 0; e < d; e += PANEL)
-      read(call.value, at + e, call.dtype, d - e < PANEL ? d - e : PANEL, value + e * CHUNK, &value_peak);
+      read(call.value, value + e, call.dtype, d - e < PANEL ? d - e : PANEL, room.values + n * PANEL + e * CHUNK);
   }
-  return !exceeds(key_peak, LARGEST) && !exceeds(value_peak, LARGEST_VALUE);
 }
 
 // The keys of a chunk that any query of a tile keeps.
@@ -354,7 +407,7 @@ INLINE void adjust(const Call& call, const Chunk& chunk, int first, int queries,
 
 template <int QV>
 static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& room, Tile<QV>& tile,
-                         const float* queries, float* output) {
+                         const float* queries, float* output, Ahead& ahead) {
   constexpr int N = QV * WIDTH, R = Rows<QV>::R;
   const int64_t d = head.call.head_dim;
   int32_t which[CHUNK];
@@ -366,7 +419,8 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
   UNROLL for (int j = 0; j < QV; j++) most[j] = tile.most[j];
   for (int n = 0; n < count; n += R) {
     const float* keys[R];  // the last one over and over where fewer are left
-    for (int i = 0; i < R; i++) keys[i] = room.keys + which[n + i < count ? n + i : count - 1] * d;
+    for (int i = 0; i < R; i++) keys[i] = room.key[which[n + i < count ? n + i : count - 1]];
+    ahead.more();
     multiply_keys<R, QV>(keys, queries, d, room.scores + n * N, most);
   }
   if (chunk.weighted || chunk.cut) {
@@ -374,8 +428,8 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
     adjust<QV>(head.call, chunk, first, tile.count, which, count, room.scores, most);
   }
   UNROLL for (int j = 0; j < QV; j++) {
-    base[j] = most[j] == splat(MINUS_INF) ? splat(0.0f) : most[j];
-    fade[j] = exp2(tile.most[j] - base[j]);
+    base[j] = (most[j] == splat(MINUS_INF) ? splat(0.0f) : most[j]) * splat(LOG2_E);
+    fade[j] = exp2(tile.most[j] * splat(LOG2_E) - base[j]);
     tile.most[j] = most[j];
     tile.total[j] *= fade[j];
   }
@@ -383,14 +437,16 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
   UNROLL for (int j = 0; j < QV; j++) total[j] = tile.total[j];
   for (int n = 0; n < count; n++)
     UNROLL for (int j = 0; j < QV; j++) {
-      const Vec x = exp2(load(room.scores + n * N + j * WIDTH) - base[j]);
+      const Vec x = exp2(load(room.scores + n * N + j * WIDTH) * splat(LOG2_E) - base[j]);
       store(room.scores + n * N + j * WIDTH, x);
       total[j] += x;
     }
   UNROLL for (int j = 0; j < QV; j++) tile.total[j] = total[j];
+  int64_t at[CHUNK];
+  for (int n = 0; n < count; n++) at[n] = which[n] * PANEL;
   for (int64_t e = 0; e < d; e += R)  // what stands behind head_dim is 0
-    multiply_values<R, QV>(room.values + e / PANEL * (CHUNK * PANEL) + e % PANEL, PANEL, which, count, room.scores,
-                           fade, output + e * N);
+    multiply_values<R, QV>(room.values + e / PANEL * (CHUNK * PANEL) + e % PANEL, at, count, room.scores, fade,
+                           output + e * N);
 }
 
 template <int QV>
@@ -410,13 +466,13 @@ static void store_output(const Head& head, const Tile<QV>& tile, const float* ou
       for (int64_t e = 0; e < call.head_dim; e++) ((uint16_t*)call.output)[at + e] = to_bfloat16(column[e * N] * inverse);
     else
       for (int64_t e = 0; e < call.head_dim; e++) ((uint16_t*)call.output)[at + e] = to_float16(column[e * N] * inverse);
-    head.lse[token] = total > 0.0f ? most * LN_2 + logf(total) : MINUS_INF;
+    head.lse[token] = total > 0.0f ? most + logf(total) : MINUS_INF;
   }
 }
 
 // Up to TILES tiles of one query block, against all keys that the block keeps.
 template <int QV>
-static bool attend(const Head& head, int64_t i_q, int64_t row, int64_t queries, Room& room) {
+static void attend(const Head& head, int64_t i_q, int64_t row, int64_t queries, Room& room) {
   constexpr int N = QV * WIDTH;
   const Call& call = head.call;
   const int64_t d = call.head_dim, slot = head.q_starts[i_q] + row;
@@ -424,34 +480,58 @@ static bool attend(const Head& head, int64_t i_q, int64_t row, int64_t queries, 
   const int tiles = (queries + N - 1) / N;
   for (int t = 0; t < tiles; t++) {
     const int count = queries - t * N < N ? queries - t * N : N;
-    if (!load_queries<QV>(head, slot + t * N, count, room, tile[t], room.queries + t * d * N)) return false;
+    load_queries<QV>(head, slot + t * N, count, room, tile[t], room.queries + t * d * N);
   }
   const int64_t rows = Room::padded(d);
   std::memset(room.outputs, 0, tiles * rows * N * sizeof(float));
   const int64_t list = i_q * call.cap;
   Walk walk{head, head.indices + list, head.partial ? head.partial + list : nullptr, head.counts[i_q], row, queries};
-  Chunk chunk;
-  for (walk.next(chunk); chunk.count; walk.next(chunk)) {
-    if (!load_keys(head, chunk, room)) return false;
+  Chunk chunks[2];
+  walk.next(chunks[0]);
+  for (int now = 0; chunks[now].count; now ^= 1) {
+    const Chunk& chunk = chunks[now];
+    walk.next(chunks[now ^ 1]);
+    Ahead ahead{head, chunks[now ^ 1]};
+    ahead.step = (chunks[now ^ 1].count * Tile<QV>::R + tiles * chunk.count - 1) / (tiles * chunk.count);
+    load_keys(head, chunk, room);
     for (int t = 0; t < tiles; t++)
-      attend_chunk<QV>(head, chunk, t * N, room, tile[t], room.queries + t * d * N, room.outputs + t * rows * N);
+      attend_chunk<QV>(head, chunk, t * N, room, tile[t], room.queries + t * d * N, room.outputs + t * rows * N, ahead);
   }
   for (int t = 0; t < tiles; t++) store_output<QV>(head, tile[t], room.outputs + t * rows * N);
-  return true;
 }
 
-static bool attend_block(const Head& head, int64_t i_q, Room& room) {
+static void attend_block(const Head& head, int64_t i_q, Room& room) {
   const int64_t length = head.q_lengths[i_q];
   for (int64_t row = 0; row < length;) {
     const int64_t left = length - row;
     const int64_t take = left < MOST ? left : (left / MOST < TILES ? left / MOST : TILES) * MOST;
-    bool fine;
-    if (take <= WIDTH) fine = attend<1>(head, i_q, row, take, room);
-    else if (take <= 2 * WIDTH) fine = attend<2>(head, i_q, row, take, room);
-    else if (take <= 3 * WIDTH) fine = attend<3>(head, i_q, row, take, room);
-    else fine = attend<4>(head, i_q, row, take, room);
-    if (!fine) return false;
+    if (take <= WIDTH) attend<1>(head, i_q, row, take, room);
+    else if (take <= 2 * WIDTH) attend<2>(head, i_q, row, take, room);
+    else if (take <= 3 * WIDTH) attend<3>(head, i_q, row, take, room);
+    else attend<4>(head, i_q, row, take, room);
     row += take;
+  }
+}
+
+// Check a run of tokens of one sample: every number ordinary? A thread takes a run at a time.
+static bool check(const Call& call, int64_t piece, int64_t runs) {
+  const int64_t run = piece % runs, sample = piece / runs % call.batch;
+  const struct { const void* data; const int64_t* strides; int64_t tokens; float limit; } sides[] = {
+      {call.query, call.query_strides, call.tokens, largest(call)},
+      {call.key, call.key_strides, call.kv_tokens, LARGEST},
+      {call.value, call.value_strides, call.kv_tokens, LARGEST_VALUE}};
+  for (const auto& side : sides) {
+    if (!side.data) continue;
+    const int64_t stop = side.tokens * (run + 1) / runs;
+    for (int64_t head = 0; head < call.heads;) {
+      // Heads side by side are one run of numbers.
+      const int64_t together = side.strides[2] == call.head_dim ? call.heads : 1;
+      for (int64_t token = side.tokens * run / runs; token < stop; token++)
+        if (!ordinary(side.data, sample * side.strides[0] + token * side.strides[1] + head * side.strides[2],
+                      call.dtype, together * call.head_dim, side.limit))
+          return false;
+      head += together;
+    }
   }
   return true;
 }
@@ -459,17 +539,20 @@ static bool attend_block(const Head& head, int64_t i_q, Room& room) {
 int32_t work(Call& call) {
   Room room(call);
   if (!room.memory) return NO_MEMORY;
-  const int64_t total = call.batch * call.heads * call.q_blocks;
+  const int64_t runs = (call.tokens + 255) / 256, checks = call.careful ? 0 : call.batch * runs;
+  const int64_t total = checks + call.batch * call.heads * call.q_blocks;
   for (;;) {
-    if (__atomic_load_n(&call.stop, __ATOMIC_RELAXED)) return NOT_FINITE;
-    const int64_t next = __atomic_fetch_add(&call.next, 1, __ATOMIC_RELAXED);
-    if (next >= total) return DONE;
-    const int64_t piece = call.order ? call.order[next] : next;
-    const int64_t i_q = piece % call.q_blocks, head = piece / call.q_blocks;
-    if (!attend_block(Head(call, head / call.heads, head % call.heads), i_q, room)) {
+    if (const int32_t why = __atomic_load_n(&call.stop, __ATOMIC_RELAXED)) return why;
+    const int64_t next = __atomic_fetch_add(&call.next, 1, __ATOMIC_RELAXED) - checks;
+    if (next >= total - checks) return __atomic_load_n(&call.stop, __ATOMIC_RELAXED);
+    if (next < 0) {
+      if (check(call, next + checks, runs)) continue;
       __atomic_store_n(&call.stop, NOT_FINITE, __ATOMIC_RELAXED);
       return NOT_FINITE;
     }
+    const int64_t piece = call.order ? call.order[next] : next;
+    const int64_t i_q = piece % call.q_blocks, head = piece / call.q_blocks;
+    attend_block(Head(call, head / call.heads, head % call.heads), i_q, room);
   }
 }
 

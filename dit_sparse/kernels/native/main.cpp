@@ -2,6 +2,10 @@
 // What the library exports, and which instruction set answers.
 #include "call.h"
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#endif
+
 #ifndef DIT_SPARSE_SOURCE_HASH
 #define DIT_SPARSE_SOURCE_HASH "unknown"
 #endif
@@ -26,22 +30,36 @@ enum Set : int32_t { AVX2 = 1, AVX512 = 2, NEON = 4, WIDE = 8 };
 EXPORT int32_t dit_sparse_abi_version() { return ABI_VERSION; }
 EXPORT const char* dit_sparse_source_hash() { return DIT_SPARSE_SOURCE_HASH; }
 
+#if defined(__x86_64__) || defined(_M_X64)
+static bool all(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
+
+// By cpuid, not by __builtin_cpu_supports: under Zig 0.17 that finds no instruction set at all.
+static int32_t x86_sets() {
+  constexpr uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;         // leaf 1, ecx
+  constexpr uint32_t avx2 = 1u << 5, avx512f = 1u << 16, avx512dq = 1u << 17;    // leaf 7, ebx
+  constexpr uint32_t avx512bw = 1u << 30, avx512vl = 1u << 31;
+  constexpr uint32_t ymm = 0x6, zmm = 0xe6;  // registers that the operating system saves: XCR0
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !all(ecx, fma | osxsave | avx)) return 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+  uint32_t saved, high;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if (!all(ebx, avx2) || !all(saved, ymm)) return 0;
+  const bool wide = all(ebx, avx512f | avx512dq | avx512bw | avx512vl) && all(saved, zmm);
+  return AVX2 | WIDE | (wide ? AVX512 : 0);
+}
+#endif
+
 // Which instruction sets this processor has and the library holds. WIDE is the code of AVX-512
 // compiled for AVX2: for tests, where there is no AVX-512.
 EXPORT int32_t dit_sparse_instruction_sets() {
-  int32_t found = 0;
 #if defined(__x86_64__) || defined(_M_X64)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found |= AVX2 | WIDE;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-      found |= AVX512;
-  }
+  return x86_sets();
 #elif defined(__aarch64__)
-  found |= NEON;
+  return NEON;
+#else
+  return 0;
 #endif
-  return found;
 }
 
 // Take pieces of work until none is left; several threads may call it with one Call.

@@ -20,7 +20,7 @@ typedef int32_t Int __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t Half __attribute__((vector_size(WIDTH * 2)));
 
-constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
+constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float MINUS_INF = -__builtin_inff();
 
 INLINE Vec splat(float x) { return x - Vec{}; }  // both compilers: one broadcast
@@ -31,6 +31,39 @@ INLINE Vec load(const float* p) {
 }
 INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// Interleave a and b: a0 b0 a1 b1 ..., the lower and the upper half.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  typedef Lanes<I...> Type;
+};
+template <int... I>
+INLINE void interleave(Vec& a, Vec& b, Lanes<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vec low = __builtin_shufflevector(a, b, (I / 2 + I % 2 * WIDTH)...);
+  b = __builtin_shufflevector(a, b, (WIDTH / 2 + I / 2 + I % 2 * WIDTH)...);
+#else
+  const Vec low = __builtin_shuffle(a, b, Int{(I / 2 + I % 2 * WIDTH)...});
+  b = __builtin_shuffle(a, b, Int{(WIDTH / 2 + I / 2 + I % 2 * WIDTH)...});
+#endif
+  a = low;
+}
+
+// Transpose WIDTH x WIDTH numbers: each round interleaves row i with row i + WIDTH / 2.
+INLINE void transpose(Vec* x) {
+  UNROLL for (int round = 1; round < WIDTH; round *= 2) {
+    Vec y[WIDTH];
+    UNROLL for (int i = 0; i < WIDTH / 2; i++) {
+      y[2 * i] = x[i], y[2 * i + 1] = x[i + WIDTH / 2];
+      interleave(y[2 * i], y[2 * i + 1], typename Count<WIDTH>::Type());
+    }
+    UNROLL for (int i = 0; i < WIDTH; i++) x[i] = y[i];
+  }
+}
 
 // 2^x for x <= 0, relative error 2e-7; exactly 0 below 2^-100, and for -inf.
 INLINE Vec exp2(Vec x) {
@@ -54,11 +87,19 @@ INLINE void multiply_keys(const float* const* keys, const float* queries, int64_
   constexpr int N = QV * WIDTH;
   Vec sum[R][QV] = {};
   for (int64_t e = 0; e < head_dim; e++) {
-    Vec key[R];
-    UNROLL for (int i = 0; i < R; i++) key[i] = splat(keys[i][e]);
-    UNROLL for (int j = 0; j < QV; j++) {
-      const Vec query = load(queries + e * N + j * WIDTH);
-      UNROLL for (int i = 0; i < R; i++) sum[i][j] += key[i] * query;
+    Vec wide[R <= QV ? R : QV];  // the fewer of the two kinds stay in registers
+    if constexpr (R <= QV) {
+      UNROLL for (int i = 0; i < R; i++) wide[i] = splat(keys[i][e]);
+      UNROLL for (int j = 0; j < QV; j++) {
+        const Vec query = load(queries + e * N + j * WIDTH);
+        UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * query;
+      }
+    } else {
+      UNROLL for (int j = 0; j < QV; j++) wide[j] = load(queries + e * N + j * WIDTH);
+      UNROLL for (int i = 0; i < R; i++) {
+        const Vec key = splat(keys[i][e]);
+        UNROLL for (int j = 0; j < QV; j++) sum[i][j] += key * wide[j];
+      }
     }
   }
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++) {
@@ -69,19 +110,27 @@ INLINE void multiply_keys(const float* const* keys, const float* queries, int64_
 
 // output[R][QV vectors] = output * fade + sum over keys of values[key][R] * weights[key][...].
 template <int R, int QV>
-INLINE void multiply_values(const float* values, int64_t stride, const int32_t* which, int count,
-                            const float* weights, const Vec* fade, float* output) {
+INLINE void multiply_values(const float* values, const int64_t* which, int count, const float* weights,
+                            const Vec* fade, float* output) {
   constexpr int N = QV * WIDTH;
   Vec sum[R][QV];
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++)
     sum[i][j] = load(output + i * N + j * WIDTH) * fade[j];
   for (int n = 0; n < count; n++) {
-    const float* row = values + which[n] * stride;
-    Vec value[R];
-    UNROLL for (int i = 0; i < R; i++) value[i] = splat(row[i]);
-    UNROLL for (int j = 0; j < QV; j++) {
-      const Vec weight = load(weights + n * N + j * WIDTH);
-      UNROLL for (int i = 0; i < R; i++) sum[i][j] += value[i] * weight;
+    const float* row = values + which[n];
+    Vec wide[R <= QV ? R : QV];
+    if constexpr (R <= QV) {
+      UNROLL for (int i = 0; i < R; i++) wide[i] = splat(row[i]);
+      UNROLL for (int j = 0; j < QV; j++) {
+        const Vec weight = load(weights + n * N + j * WIDTH);
+        UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * weight;
+      }
+    } else {
+      UNROLL for (int j = 0; j < QV; j++) wide[j] = load(weights + n * N + j * WIDTH);
+      UNROLL for (int i = 0; i < R; i++) {
+        const Vec value = splat(row[i]);
+        UNROLL for (int j = 0; j < QV; j++) sum[i][j] += value * wide[j];
+      }
     }
   }
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++)
