@@ -84,9 +84,8 @@ class Backends(Planning):
         name, module = self._choose(query, plan, "attend", needs_grad=needs_grad)
         self._canary(name, module, query)
         result: tuple[Tensor, Tensor] | None = module.attend(query, key, value, plan, scale)
-        if result is None:  # numbers that it does not compute with: see kernels/native.py
-            name, module = "cpu", importlib.import_module(KERNELS["cpu"])
-            self._canary(name, module, query)
+        if result is None:
+            name, module = self._torch_on_cpu(query)
             result = module.attend(query, key, value, plan, scale)
         self.last_kernel = name
         return result if name != "reference" else _rounded(result, query.dtype)
@@ -133,8 +132,11 @@ class Backends(Planning):
                     )
         name, module = self._choose(query, small_plan(query.device), "block_mass")
         self._canary(name, module, query)
+        result: Tensor | None = module.block_mass(query, key, lse, q, kv, scale)
+        if result is None:
+            name, module = self._torch_on_cpu(query)
+            result = module.block_mass(query, key, lse, q, kv, scale)
         self.last_kernel = name
-        result: Tensor = module.block_mass(query, key, lse, q, kv, scale)
         return result.float()
 
     def kmeans(  # type: ignore[override]
@@ -235,11 +237,17 @@ class Backends(Planning):
             + "\n  ".join(against)
         )
 
+    def _torch_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
+        """Give the kernel for numbers that the native one does not compute with, e.g. NaN."""
+        module = importlib.import_module(KERNELS["cpu"])
+        self._canary("cpu", module, query)
+        return "cpu", module
+
     def _faster_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
         """Choose between the CPU's two kernels by a race, once for each dtype and head_dim."""
         key = (query.dtype, query.shape[-1], torch.get_num_threads())
         if key not in self._fastest:
-            modules = {
+            modules: dict[str, ModuleType] = {
                 name: importlib.import_module(KERNELS[name])
                 for name in ("native", "cpu")
                 if name in KERNELS

@@ -51,11 +51,11 @@ def check_kernel(
 
 
 @torch.no_grad()
-def race(modules: Mapping[Any, Any], dtype: torch.dtype, head_dim: int) -> str:
+def race(modules: Mapping[str, Any], dtype: torch.dtype, head_dim: int) -> str:
     """Name the kernel that is fastest on the CPU, with the present number of threads.
 
-    A sparse call of 512 tokens, 2 heads, a quarter of its blocks kept; the best of three rounds. Some
-    milliseconds; below 0.2 s where the slowest kernel needs less than 60 ms for it.
+    A sparse call of 512 tokens and 2 heads, a quarter of its blocks kept; the best of three rounds
+    counts. Some milliseconds.
     """
     layout = BlockLayout.from_lengths([RACE_BLOCK] * (RACE_TOKENS // RACE_BLOCK))
     place = torch.arange(layout.blocks)
@@ -70,7 +70,7 @@ def race(modules: Mapping[Any, Any], dtype: torch.dtype, head_dim: int) -> str:
             start = time.perf_counter()
             module.attend(query, key, value, plan, head_dim**-0.5)
             best[name] = min(best[name], time.perf_counter() - start)
-    return min(best, key=best.__getitem__)
+    return min(modules, key=lambda name: best[name])
 
 
 def compare(

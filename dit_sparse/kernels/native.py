@@ -24,10 +24,13 @@ from dit_sparse.kernels import native_library
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dit_sparse.grid import BlockLayout
     from dit_sparse.plan import BlockPlan
 
 HAS_BACKWARD = False
-EXP_ERROR = 2 * 2.0**-22  # relative error of an exponential, 2e-7, and of its argument's rounding
+# Relative error of an exponential: 3 units in the last place of fp32, measured, and as much again
+# and more for its argument, which is rounded once more for a power of 2.
+EXP_ERROR = 8 * 2.0**-24
 ABI_VERSION = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = {"avx2": 1, "avx512": 2, "neon": 4, "wide": 8}  # bits, best last but for wide
@@ -107,28 +110,106 @@ def attend(
         Output like ``query``; LSE fp32 ``[batch, heads, seq_len]``, natural log; 0 and -inf where
         a query keeps nothing. None: some number is not finite, or beyond 2^57 in size.
     """
+    result = _attend(query, key, value, plan, scale, None, instruction_set)
+    return None if result is None else result[:2]
+
+
+def attend_with_mass(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Attend, and sum the weights of each block pair on the way.
+
+    Returns:
+        As ``attend``, and the mass, fp32 ``[batch, heads, q_blocks, kv_blocks]``: 0 where a pair
+        is dropped; a row sums to its block's query tokens.
+    """
+    mass = torch.zeros(query.shape[0], query.shape[2], plan.q.blocks, plan.kv.blocks)
+    result = _attend(query, key, value, plan, scale, mass, instruction_set)
+    return None if result is None else (*result[:2], mass)
+
+
+def block_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    q: BlockLayout,
+    kv: BlockLayout,
+    scale: float,
+    instruction_set: str | None = None,
+) -> Tensor | None:
+    """Sum ``exp(scale * q k^T - lse)`` over each block pair.
+
+    Keys in no block count nowhere, nor do queries whose LSE is -inf.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``; slots are tokens.
+        key: ``[batch, kv_seq_len, heads, head_dim]``.
+        lse: Of the dense attention, ``[batch, heads, seq_len]``, natural log.
+        q: Query blocks.
+        kv: Key blocks.
+        scale: Multiplies the scores.
+        instruction_set: See ``attend``.
+
+    Returns:
+        fp32 ``[batch, heads, q_blocks, kv_blocks]``; None: see ``attend``.
+    """
+    query, key = (_rows(x.detach()) for x in (query, key))
+    mass = torch.zeros(query.shape[0], query.shape[2], q.blocks, kv.blocks)
+    lse = lse.detach().float().contiguous()
+    held = [query, key, lse, mass]
+    call = _call(query, key, None, None, lse, mass, scale)
+    _lay_out_sides(call, q, kv, held)
+    keys = float(kv.lengths.sum(-1).double().mean())
+    return mass if _run(call, keys, instruction_set) else None
+
+
+@torch.no_grad()
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    mass: Tensor | None,
+    instruction_set: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     query, key, value = (_rows(x.detach()) for x in (query, key, value))
-    batch, tokens, heads, head_dim = query.shape
-    output = query.new_empty((batch, tokens, heads, head_dim))
-    lse = torch.empty((batch, heads, tokens))
+    batch, tokens, heads, _ = query.shape
+    output = torch.empty(query.shape, dtype=query.dtype)
+    lse = torch.empty(batch, heads, tokens)
     held: list[Tensor] = [query, key, value, output, lse]
-    call = _Call(
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        output.data_ptr(),
-        lse.data_ptr(),
-        None,
-        *((_Long * 3)(*x.stride()[:3]) for x in (query, key, value, output)),
-        *query.shape[:1],
-        heads,
-        tokens,
-        key.shape[1],
-        head_dim,
-    )
-    call.dtype, call.scale = DTYPES[query.dtype], scale
+    call = _call(query, key, value, output, lse, mass, scale)
     _lay_out(call, plan, held)
-    return (output, lse) if _run(call, plan, instruction_set) else None
+    keys = float(plan.kv_num_blocks.double().mean()) * plan.kv.max_length
+    return (output, lse, mass) if _run(call, keys, instruction_set) else None
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    output: Tensor | None,
+    lse: Tensor,
+    mass: Tensor | None,
+    scale: float,
+) -> _Call:
+    """Describe the tensors of a call; whoever runs it holds them."""
+    call = _Call()
+    for name, x in (("query", query), ("key", key), ("value", value), ("output", output)):
+        if x is not None:
+            setattr(call, name, x.data_ptr())
+            setattr(call, f"{name}_strides", (_Long * 3)(*x.stride()[:3]))
+    call.lse = lse.data_ptr()
+    call.mass = None if mass is None else mass.data_ptr()
+    call.batch, call.tokens, call.heads, call.head_dim = query.shape
+    call.kv_tokens = key.shape[1]
+    call.dtype, call.scale = DTYPES[query.dtype], scale
+    return call
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -137,55 +218,63 @@ def _rows(x: Tensor) -> Tensor:
 
 def _lay_out(call: _Call, plan: BlockPlan, held: list[Tensor]) -> None:
     """Put a plan's tensors into a call; what is copied for it is added to ``held``."""
-
-    def put(name: str, tensor: Tensor | None, lead: str | None = None) -> None:
-        if tensor is None:
-            if lead is not None:
-                setattr(call, lead, (1, 1))
-            return
-        tensor = tensor.contiguous()
-        held.append(tensor)
-        setattr(call, name, tensor.data_ptr())
-        if lead is not None:
-            setattr(call, lead, tuple(tensor.shape[:2]))
-
-    call.q_blocks, call.kv_blocks = plan.q.blocks, plan.kv.blocks
-    call.cap, call.q_slots, call.kv_slots = plan.kv_indices.shape[-1], plan.q.slots, plan.kv.slots
-    put("q_starts", plan.q.starts, "q_lead")
-    put("q_lengths", plan.q.lengths)
-    put("kv_starts", plan.kv.starts, "kv_lead")
-    put("kv_lengths", plan.kv.lengths)
-    put("kv_indices", plan.kv_indices, "list_lead")
-    put("kv_num_blocks", plan.kv_num_blocks)
-    put("q_permutation", plan.q_permutation, "q_permutation_lead")
-    put("kv_permutation", plan.kv_permutation, "kv_permutation_lead")
-    put("log_weight", plan.kv_log_weight, "weight_lead")
+    _lay_out_sides(call, plan.q, plan.kv, held)
+    call.cap = plan.kv_indices.shape[-1]
+    _put(call, held, "kv_indices", plan.kv_indices, "list_lead")
+    _put(call, held, "kv_num_blocks", plan.kv_num_blocks)
+    _put(call, held, "q_permutation", plan.q_permutation, "q_permutation_lead")
+    _put(call, held, "kv_permutation", plan.kv_permutation, "kv_permutation_lead")
+    _put(call, held, "log_weight", plan.kv_log_weight, "weight_lead")
     if plan.partial is not None and plan.tiles is not None and len(plan.tiles):
-        put("partial", plan.partial)
-        put("tiles", plan.tiles)
+        _put(call, held, "partial", plan.partial)
+        _put(call, held, "tiles", plan.tiles)
         call.tile_rows, call.tile_words = plan.tiles.shape[1:]
 
 
-def _run(call: _Call, plan: BlockPlan, instruction_set: str | None) -> bool:
+def _lay_out_sides(call: _Call, q: BlockLayout, kv: BlockLayout, held: list[Tensor]) -> None:
+    call.q_blocks, call.kv_blocks = q.blocks, kv.blocks
+    call.q_slots, call.kv_slots = q.slots, kv.slots
+    _put(call, held, "q_starts", q.starts, "q_lead")
+    _put(call, held, "q_lengths", q.lengths)
+    _put(call, held, "kv_starts", kv.starts, "kv_lead")
+    _put(call, held, "kv_lengths", kv.lengths)
+
+
+def _put(
+    call: _Call, held: list[Tensor], name: str, tensor: Tensor | None, lead: str | None = None
+) -> None:
+    if tensor is None:
+        return
+    tensor = tensor.contiguous()
+    held.append(tensor)
+    setattr(call, name, tensor.data_ptr())
+    if lead is not None:
+        setattr(call, lead, (_Long * 2)(*tensor.shape[:2]))
+
+
+def _run(call: _Call, keys: float, instruction_set: str | None) -> bool:
     """Compute a call in as many threads as torch has and the work is worth; False: not finite."""
-    if _run_threads(call, plan, instruction_set):
+    name = instruction_sets()[0] if instruction_set is None else instruction_set
+    if name not in INSTRUCTION_SETS:
+        raise KernelError(
+            f"instruction_set must be one of {', '.join(INSTRUCTION_SETS)}, got {name!r}"
+        )
+    work = call.batch * call.heads * call.tokens * call.head_dim * keys
+    pieces = call.batch * call.heads * call.q_blocks
+    threads = max(1, min(torch.get_num_threads(), pieces, int(work / WORTH_A_THREAD)))
+    if _run_threads(call, threads, name):
         return True
     call.next, call.stop, call.careful = 0, 0, 1  # it may be a number that takes no part
-    return _run_threads(call, plan, instruction_set)
+    return _run_threads(call, threads, name)
 
 
-def _run_threads(call: _Call, plan: BlockPlan, instruction_set: str | None) -> bool:
-    name = instruction_sets()[0] if instruction_set is None else instruction_set
+def _run_threads(call: _Call, count: int, name: str) -> bool:
     library = native_library.load()
     results: list[int] = []
 
     def work() -> None:
         results.append(library.dit_sparse_work(ctypes.byref(call), INSTRUCTION_SETS[name]))
 
-    kept = float(plan.kv_num_blocks.double().mean()) * plan.kv.max_length
-    work_size = call.batch * call.heads * call.tokens * call.head_dim * kept
-    pieces = call.batch * call.heads * call.q_blocks
-    count = max(1, min(torch.get_num_threads(), pieces, int(work_size / WORTH_A_THREAD)))
     threads = [Thread(target=work) for _ in range(count - 1)]
     for thread in threads:
         thread.start()
@@ -197,5 +286,5 @@ def _run_threads(call: _Call, plan: BlockPlan, instruction_set: str | None) -> b
     if NO_MEMORY in results:
         raise MemoryError("native attention: no memory for a thread's scratch, some 100 kB each")
     if not set(results) <= {DONE, NOT_FINITE}:
-        raise KernelError(f"native attention: no instruction set {name!r} on this processor")
+        raise KernelError(f"native attention: this processor has no {name}")
     return NOT_FINITE not in results

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native CPU kernel: each instruction set, threads, every freedom of a plan, what it declines."""
+"""The native CPU kernel: instruction sets, threads, every freedom of a plan, what it declines."""
 
+import itertools
 import math
-import os
+import time
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.backends import Backends
-from dit_sparse.canary import compare
-from dit_sparse.errors import KernelError
+from dit_sparse.canary import RACE_ROUNDS, RACE_TOKENS, compare
+from dit_sparse.errors import KernelError, NativeUnavailable
 from dit_sparse.grid import BlockLayout
-from dit_sparse.kernels import native, reference
+from dit_sparse.kernels import cpu, native, native_library, reference
 from dit_sparse.plan import BlockPlan
-from tests.plans import cases, inputs_for
+from tests.plans import cases, inputs_for, sides
+from tests.strategies import batches, generator, head_counts, seeds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUT = BlockLayout.from_lengths([20, 13, 9])
@@ -35,10 +37,8 @@ head_dims = st.sampled_from([1, 3, 8, 17, 24, 40, 48, 64, 72, 128])
 @pytest.fixture(params=[1, 2])
 def _threads(request, monkeypatch):
     monkeypatch.setattr(native, "WORTH_A_THREAD", 1.0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    # What the kernel asks; torch's own threads would spin beside it.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
 def check(name, case, head_dim, dtype):
@@ -62,3 +62,146 @@ def test_every_instruction_set_stays_within_twice_the_plain_error(name, case, he
 @given(case=cases(), head_dim=head_dims, dtype=st.sampled_from(DTYPES))
 def test_5000_plans_stay_within_twice_the_plain_error(name, case, head_dim, dtype):
     check(name, case, head_dim, dtype)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("name", SETS)
+@given(data=st.data(), batch=batches, heads=head_counts, seed=seeds, dtype=st.sampled_from(DTYPES))
+def test_block_mass_equals_the_reference(name, data, batch, heads, seed, dtype):
+    (q, _, _), (kv, _, _) = (
+        data.draw(sides(batch, heads, is_query=side)) for side in (True, False)
+    )
+    random = generator(seed)
+    query = torch.randn(batch, q.slots, heads, 8, generator=random).to(dtype)
+    key = torch.randn(batch, kv.slots, heads, 8, generator=random).to(dtype)
+    score = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * 0.4
+    lse = score.logsumexp(-1).float()
+    lse[..., 0] = -math.inf
+    mass = native.block_mass(query, key, lse, q, kv, 0.4, name)
+    exact = reference.block_mass(query, key, lse, q, kv, 0.4)
+    plain = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * 0.4
+    error = ((plain - lse[..., None]).exp() - (score - lse[..., None]).exp()).abs()
+    error[lse == -math.inf] = 0
+    allowed = 2 * (float(error.sum((-1, -2)).max()) + 2**-23 * float(exact.max()))
+    allowed += native.EXP_ERROR * float(exact.max())
+    assert float((mass - exact).abs().max()) <= allowed
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("name", SETS)
+@given(case=cases(), dtype=st.sampled_from(DTYPES))
+def test_mass_summed_on_the_way_is_the_weight_of_each_block_pair(name, case, dtype):
+    plan, batch, heads, seed = case
+    tensors = inputs_for(plan, batch, heads, 8, seed, dtype)
+    output, lse, mass = native.attend_with_mass(*tensors, plan, 0.3, name)
+    for got, wanted in zip((output, lse), native.attend(*tensors, plan, 0.3, name), strict=True):
+        assert torch.equal(got, wanted)
+    q, k = (x.double().transpose(1, 2) for x in tensors[:2])
+    for i_batch, i_head in itertools.product(range(batch), range(heads)):
+        mask, bias = reference.token_mask(plan, i_batch, i_head)
+        score = (q[i_batch, i_head] @ k[i_batch, i_head].T) * 0.3 + bias
+        weight = torch.where(mask, score, -math.inf).softmax(-1).nan_to_num(0.0)
+        q_block, kv_block = (
+            token_blocks(layout, permutation, tokens, i_batch, i_head)
+            for layout, permutation, tokens in (
+                (plan.q, plan.q_permutation, plan.query_length),
+                (plan.kv, plan.kv_permutation, plan.key_length),
+            )
+        )
+        exact = q_block.T @ weight @ kv_block
+        torch.testing.assert_close(mass[i_batch, i_head].double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def token_blocks(layout, permutation, tokens, i_batch, i_head):
+    """Say in which block each token lies: ``[tokens, blocks]`` of 0 and 1."""
+
+    def own(x):
+        return x[i_batch % x.shape[0], i_head % x.shape[1]].tolist()
+
+    token = list(range(layout.slots)) if permutation is None else own(permutation)
+    inside = torch.zeros(tokens, layout.blocks, dtype=torch.float64)
+    for block, (start, length) in enumerate(
+        zip(own(layout.starts), own(layout.lengths), strict=True)
+    ):
+        for slot in range(start, start + length):
+            inside[token[slot], block] = 1.0
+    return inside
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e38])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_no_ordinary_number_is_the_torch_kernels(which, bad):
+    tensors = list(inputs_for(PLAN, 1, 2, 16, 0, torch.float32))
+    tensors[which][:, 3] = bad
+    assert native.attend(*tensors, PLAN, 0.25) is None
+    for ops in (Backends(), Backends("native")):
+        output, lse = ops.attend(*tensors, PLAN, 0.25)
+        assert ops.last_kernel == "cpu"
+        for got, wanted in zip((output, lse), cpu.attend(*tensors, PLAN, 0.25), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_infinity_in_16_bits_is_seen(dtype):
+    tensors = list(inputs_for(PLAN, 1, 2, 16, 0, dtype))
+    assert native.attend(*tensors, PLAN, 0.25) is not None
+    for bad in (math.nan, math.inf, -math.inf):
+        tensors[2][0, 30, 1, 15] = bad
+        assert native.attend(*tensors, PLAN, 0.25) is not None  # token 30 is dropped
+        tensors[2][0, 19, 1, 15] = bad
+        assert native.attend(*tensors, PLAN, 0.25) is None
+        tensors[2][0, 19, 1, 15] = 0.0
+
+
+def test_block_mass_of_what_is_not_finite_is_the_torch_kernels():
+    query, key, _ = inputs_for(PLAN, 1, 2, 16, 0, torch.float32)
+    key[:, 3] = math.nan
+    lse = torch.zeros(1, 2, 42)
+    ops = Backends()
+    mass = ops.block_mass(query, key, lse, LAYOUT, LAYOUT, 0.25)
+    assert ops.last_kernel == "cpu"
+    assert mass[..., 0].isnan().all()
+    assert mass[..., 1:].isfinite().all()
+
+
+def test_an_unknown_instruction_set_is_refused():
+    tensors = inputs_for(PLAN, 1, 2, 16, 0, torch.float32)
+    with pytest.raises(KernelError, match=r"one of avx2, avx512, neon, wide, got 'mmx'"):
+        native.attend(*tensors, PLAN, 0.25, "mmx")
+
+
+def test_asked_for_by_name_without_its_library_it_raises(monkeypatch):
+    def missing():
+        raise NativeUnavailable("no library for this machine")
+
+    monkeypatch.setattr(native_library, "load", missing)
+    tensors = inputs_for(PLAN, 1, 2, 16, 0, torch.float32)
+    with pytest.raises(KernelError, match="native: no library for this machine"):
+        Backends("native").attend(*tensors, PLAN, 0.25)
+    ops = Backends()
+    ops.attend(*tensors, PLAN, 0.25)
+    assert ops.last_kernel == "cpu"
+
+
+@pytest.mark.parametrize(("seconds", "winner"), [(0.0, "native"), (0.05, "cpu")])
+def test_the_faster_kernel_is_chosen_once(monkeypatch, seconds, winner):
+    calls = []
+
+    def slow(*args):
+        calls.append(args)
+        time.sleep(seconds)
+        return original(*args)
+
+    original = native.attend
+    monkeypatch.setattr(native, "attend", slow)
+    if not seconds:
+        quick = cpu.attend
+        monkeypatch.setattr(cpu, "attend", lambda *args: (time.sleep(0.05), quick(*args))[1])
+    tensors = inputs_for(PLAN, 1, 2, 16, 0, torch.float32)
+    ops = Backends()
+    for _ in range(2):
+        ops.attend(*tensors, PLAN, 0.25)
+        assert ops.last_kernel == winner
+    timed = [args for args in calls if args[0].shape[1] == RACE_TOKENS]
+    assert len(timed) == RACE_ROUNDS
+    assert {args[0].shape[-1] for args in calls} == {16}

@@ -199,7 +199,7 @@ struct Walk {
     chunk.count = chunk.segments = 0;
     chunk.weighted = chunk.cut = false;
     while (entry < count && chunk.count < head.chunk) {
-      const int64_t block = index[entry], start = head.kv_starts[block], length = head.kv_lengths[block];
+      const int64_t block = index ? index[entry] : entry, start = head.kv_starts[block], length = head.kv_lengths[block];
       const int32_t* tile = nullptr;
       if (partial && partial[entry] >= 0)
         tile = call.tiles + (partial[entry] * call.tile_rows + row) * call.tile_words;
@@ -250,8 +250,9 @@ struct Ahead {
     for (const int stop = at + step < chunk.count ? at + step : chunk.count; at < stop; at++) {
       const int64_t token = chunk.token[at] < 0 ? 0 : chunk.token[at];
       const char* key = (const char*)call.key + (head.key_at + token * call.key_strides[1]) * size;
-      const char* value = (const char*)call.value + (head.value_at + token * call.value_strides[1]) * size;
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(key + i, 0, 2), __builtin_prefetch(value + i, 0, 2);
+      const char* value = !call.value ? nullptr : (const char*)call.value + (head.value_at + token * call.value_strides[1]) * size;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(key + i, 0, 2);
+      for (int64_t i = 0; i < bytes && call.value; i += 64) __builtin_prefetch(value + i, 0, 2);
     }
   }
 };
@@ -345,13 +346,14 @@ static void load_keys(const Head& head, const Chunk& chunk, Room& room) {
     const int64_t token = chunk.token[n] < 0 ? 0 : chunk.token[n];  // whose weight is -inf: any row will do
     const int64_t key = head.key_at + token * call.key_strides[1], value = head.value_at + token * call.value_strides[1];
     if (call.careful && chunk.token[n] >= 0 &&
-        !(ordinary(call.key, key, call.dtype, d, LARGEST) && ordinary(call.value, value, call.dtype, d, LARGEST_VALUE)))
+        !(ordinary(call.key, key, call.dtype, d, LARGEST) &&
+          (!call.value || ordinary(call.value, value, call.dtype, d, LARGEST_VALUE))))
       __atomic_store_n(&call.stop, NOT_FINITE, __ATOMIC_RELAXED);
     float* to = room.keys + n * d;
     room.key[n] = to;
     if (call.dtype == FLOAT32) room.key[n] = (const float*)call.key + key;
     else read(call.key, key, call.dtype, d, to);
-    for (int64_t e = 0; e < d; e += PANEL)
+    for (int64_t e = 0; e < d && call.value; e += PANEL)
       read(call.value, value + e, call.dtype, d - e < PANEL ? d - e : PANEL, room.values + n * PANEL + e * CHUNK);
   }
 }
@@ -406,8 +408,77 @@ INLINE void adjust(const Call& call, const Chunk& chunk, int first, int queries,
 }
 
 template <int QV>
+INLINE void score(const Room& room, const int32_t* which, int count, const float* queries, int64_t d,
+                  Vec* most, Ahead& ahead) {
+  constexpr int N = QV * WIDTH, R = Rows<QV>::R;
+  for (int n = 0; n < count; n += R) {
+    const float* keys[R];  // the last one over and over where fewer are left
+    for (int i = 0; i < R; i++) keys[i] = room.key[which[n + i < count ? n + i : count - 1]];
+    ahead.more();
+    multiply_keys<R, QV>(keys, queries, d, room.scores + n * N, most);
+  }
+}
+
+// Add the exponentials of each key block to its sums, which are relative to the base of their time.
+template <int QV>
+INLINE void add_to_blocks(const Chunk& chunk, Room& room, const int32_t* which, int count, const Vec* base, float* sums,
+                          float* bases) {
+  constexpr int N = QV * WIDTH;
+  for (int n = 0, s = 0; n < count; s++) {
+    Vec sum[QV] = {};
+    for (; n < count && which[n] < chunk.segment[s].stop; n++)
+      UNROLL for (int j = 0; j < QV; j++) sum[j] += load(room.scores + n * N + j * WIDTH);
+    float* const to = sums + chunk.segment[s].block * N;
+    float* const of = bases + chunk.segment[s].block * N;
+    UNROLL for (int j = 0; j < QV; j++) {
+      // 0 before the first: exp2 of 0 - base may be anything finite, times 0.
+      const Vec before = load(to + j * WIDTH), was = load(of + j * WIDTH);
+      const Vec kept = before == splat(0.0f) ? splat(0.0f) : before * exp2(was - base[j]);
+      store(to + j * WIDTH, kept + sum[j]);
+      store(of + j * WIDTH, base[j]);
+    }
+  }
+}
+
+// Block mass alone: the LSE is known.
+template <int QV>
+static void mass_chunk(const Chunk& chunk, Room& room, const Tile<QV>& tile, const float* queries, int64_t d, float* sums,
+                       float* bases, Ahead& ahead) {
+  constexpr int N = QV * WIDTH;
+  int32_t which[CHUNK];
+  for (int n = 0; n < chunk.count; n++) which[n] = n;
+  Vec most[QV], base[QV] = {};
+  UNROLL for (int j = 0; j < QV; j++) most[j] = splat(MINUS_INF);
+  score<QV>(room, which, chunk.count, queries, d, most, ahead);
+  for (int n = 0; n < chunk.count; n++)
+    UNROLL for (int j = 0; j < QV; j++) {
+      const Vec x = (load(room.scores + n * N + j * WIDTH) - tile.most[j]) * splat(LOG2_E);
+      store(room.scores + n * N + j * WIDTH, exp2(x < splat(127.0f) ? x : splat(127.0f)));
+    }
+  add_to_blocks<QV>(chunk, room, which, chunk.count, base, sums, bases);
+}
+
+template <int QV>
+static void store_mass(const Head& head, int64_t i_q, const Tile<QV>& tile, const float* sums, const float* bases) {
+  constexpr int N = QV * WIDTH;
+  const Call& call = head.call;
+  for (int64_t block = 0; block < call.kv_blocks; block++) {
+    float mass = 0.0f;
+    for (int j = 0; j < QV; j++) {
+      Vec sum = load(sums + block * N + j * WIDTH);
+      if (call.value)
+        sum = tile.total[j] > splat(0.0f)
+            ? sum * exp2(load(bases + block * N + j * WIDTH) - tile.most[j] * splat(LOG2_E)) / tile.total[j] : splat(0.0f);
+      for (int i = 0; i < WIDTH; i++)
+        if (j * WIDTH + i < tile.count && tile.token[j * WIDTH + i] >= 0) mass += sum[i];
+    }
+    head.mass[i_q * call.kv_blocks + block] += mass;
+  }
+}
+
+template <int QV>
 static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& room, Tile<QV>& tile,
-                         const float* queries, float* output, Ahead& ahead) {
+                         const float* queries, float* output, float* sums, float* bases, Ahead& ahead) {
   constexpr int N = QV * WIDTH, R = Rows<QV>::R;
   const int64_t d = head.call.head_dim;
   int32_t which[CHUNK];
@@ -417,12 +488,7 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
   if (!count) return;
   Vec most[QV], fade[QV], base[QV];
   UNROLL for (int j = 0; j < QV; j++) most[j] = tile.most[j];
-  for (int n = 0; n < count; n += R) {
-    const float* keys[R];  // the last one over and over where fewer are left
-    for (int i = 0; i < R; i++) keys[i] = room.key[which[n + i < count ? n + i : count - 1]];
-    ahead.more();
-    multiply_keys<R, QV>(keys, queries, d, room.scores + n * N, most);
-  }
+  score<QV>(room, which, count, queries, d, most, ahead);
   if (chunk.weighted || chunk.cut) {
     UNROLL for (int j = 0; j < QV; j++) most[j] = tile.most[j];
     adjust<QV>(head.call, chunk, first, tile.count, which, count, room.scores, most);
@@ -442,6 +508,7 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
       total[j] += x;
     }
   UNROLL for (int j = 0; j < QV; j++) tile.total[j] = total[j];
+  if (head.mass) add_to_blocks<QV>(chunk, room, which, count, base, sums, bases);
   int64_t at[CHUNK];
   for (int n = 0; n < count; n++) at[n] = which[n] * PANEL;
   for (int64_t e = 0; e < d; e += R)  // what stands behind head_dim is 0
@@ -484,8 +551,18 @@ static void attend(const Head& head, int64_t i_q, int64_t row, int64_t queries, 
   }
   const int64_t rows = Room::padded(d);
   std::memset(room.outputs, 0, tiles * rows * N * sizeof(float));
+  const int64_t blocks = head.mass ? call.kv_blocks : 0;
+  std::memset(room.sums, 0, tiles * blocks * N * sizeof(float));
+  std::memset(room.bases, 0, tiles * blocks * N * sizeof(float));
+  if (!call.value)  // the LSE is given; a row of which it is -inf counts nothing: exp(-inf)
+    for (int t = 0; t < tiles; t++)
+      for (int i = 0; i < tile[t].count; i++) {
+        const float lse = tile[t].token[i] < 0 ? 0.0f : head.lse[tile[t].token[i]];
+        tile[t].most[i / WIDTH][i % WIDTH] = lse == MINUS_INF ? -MINUS_INF : lse;
+      }
   const int64_t list = i_q * call.cap;
-  Walk walk{head, head.indices + list, head.partial ? head.partial + list : nullptr, head.counts[i_q], row, queries};
+  Walk walk{head, head.indices ? head.indices + list : nullptr, head.partial ? head.partial + list : nullptr,
+            head.counts ? head.counts[i_q] : call.kv_blocks, row, queries};
   Chunk chunks[2];
   walk.next(chunks[0]);
   for (int now = 0; chunks[now].count; now ^= 1) {
@@ -494,10 +571,19 @@ static void attend(const Head& head, int64_t i_q, int64_t row, int64_t queries, 
     Ahead ahead{head, chunks[now ^ 1]};
     ahead.step = (chunks[now ^ 1].count * Tile<QV>::R + tiles * chunk.count - 1) / (tiles * chunk.count);
     load_keys(head, chunk, room);
-    for (int t = 0; t < tiles; t++)
-      attend_chunk<QV>(head, chunk, t * N, room, tile[t], room.queries + t * d * N, room.outputs + t * rows * N, ahead);
+    for (int t = 0; t < tiles; t++) {
+      const float* own = room.queries + t * d * N;
+      float *sums = room.sums + t * blocks * N, *bases = room.bases + t * blocks * N;
+      if (call.value)
+        attend_chunk<QV>(head, chunk, t * N, room, tile[t], own, room.outputs + t * rows * N, sums, bases, ahead);
+      else
+        mass_chunk<QV>(chunk, room, tile[t], own, d, sums, bases, ahead);
+    }
   }
-  for (int t = 0; t < tiles; t++) store_output<QV>(head, tile[t], room.outputs + t * rows * N);
+  for (int t = 0; t < tiles; t++) {
+    if (call.value) store_output<QV>(head, tile[t], room.outputs + t * rows * N);
+    if (head.mass) store_mass<QV>(head, i_q, tile[t], room.sums + t * blocks * N, room.bases + t * blocks * N);
+  }
 }
 
 static void attend_block(const Head& head, int64_t i_q, Room& room) {
