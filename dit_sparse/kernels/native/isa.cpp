@@ -148,26 +148,32 @@ INLINE bool ordinary(const void* from, int64_t at, int32_t dtype, int64_t count,
   return ordinary((const uint16_t*)from + at, count, limit, [](const uint16_t* p) { return from_float16(p); });
 }
 
-INLINE uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even; x is finite
+// To nearest, ties to even; x is finite.
+INLINE Half to_bfloat16(Vec x) {
+  const Bits bits = (Bits)x;
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Half);
 }
 
-INLINE uint16_t to_float16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
-  if (size >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more: inf
-  if (size < 0x38800000) {                       // below 2^-14: a multiple of 2^-24
-    float small;
-    std::memcpy(&small, &size, sizeof small);
-    small += 0.5f;  // rounds to a multiple of 2^-24
-    uint32_t sum;
-    std::memcpy(&sum, &small, sizeof sum);
-    return sign | (sum - 0x3f000000);
-  }
-  return sign | ((size + 0xfff + ((size >> 13) & 1) - 0x38000000) >> 13);
+INLINE Half to_float16(Vec x) {
+  const Bits sign = (Bits)x >> 16 & 0x8000, size = (Bits)x & 0x7fffffff;
+  // Below 2^-14 a multiple of 2^-24: what is added to 1/2 is rounded to one.
+  const Bits small = (Bits)((Vec)size + splat(0.5f)) - 0x3f000000;
+  const Bits normal = (size + 0xfff + ((size >> 13) & 1) - 0x38000000) >> 13;
+  const Bits over = (Bits)(size >= Bits{} + 0x477ff000), under = (Bits)(size < Bits{} + 0x38800000);
+  const Bits value = (small & under) | (normal & ~under & ~over) | (over & 0x7c00);  // inf from 65520
+  return __builtin_convertvector(value | sign, Half);
+}
+
+template <typename Number, typename Wide>
+INLINE void write_some(Number* to, Wide x, int64_t count) {
+  if (count >= WIDTH) std::memcpy(to, &x, sizeof x);
+  else std::memcpy(to, &x, count * sizeof(Number));
+}
+
+// Round up to WIDTH numbers to a dtype and write them.
+INLINE void write(void* to, int64_t at, int32_t dtype, Vec x, int64_t count) {
+  if (dtype == FLOAT32) write_some((float*)to + at, x, count);
+  else write_some((uint16_t*)to + at, dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x), count);
 }
 
 // ---- one chunk of keys ------------------------------------------------------------------------
@@ -238,21 +244,28 @@ struct Walk {
   }
 };
 
-// Asks the cache for the keys and values of the next chunk, a few at a time while this one is computed.
+// Asks the cache for the keys and values of the next chunk, some lines at a time, while this one is
+// computed: asked for all at once they would keep others waiting.
 struct Ahead {
   const Head& head;
   const Chunk& chunk;
-  int at = 0, step = 1;
+  int64_t size, lines, step = 0;
+  int key = 0;
+  int64_t line = 0;
+
+  Ahead(const Head& h, const Chunk& c, int64_t calls) : head(h), chunk(c), size(h.call.dtype == FLOAT32 ? 4 : 2) {
+    lines = (h.call.head_dim * size + 63) / 64 + 1;  // a row may begin within a line
+    step = (chunk.count * lines + calls - 1) / calls;
+  }
 
   void more() {
     const Call& call = head.call;
-    const int64_t size = call.dtype == FLOAT32 ? 4 : 2, bytes = call.head_dim * size;
-    for (const int stop = at + step < chunk.count ? at + step : chunk.count; at < stop; at++) {
-      const int64_t token = chunk.token[at] < 0 ? 0 : chunk.token[at];
-      const char* key = (const char*)call.key + (head.key_at + token * call.key_strides[1]) * size;
-      const char* value = !call.value ? nullptr : (const char*)call.value + (head.value_at + token * call.value_strides[1]) * size;
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(key + i, 0, 2);
-      for (int64_t i = 0; i < bytes && call.value; i += 64) __builtin_prefetch(value + i, 0, 2);
+    for (int64_t i = 0; i < step && key < chunk.count; i++) {
+      const int64_t token = chunk.token[key] < 0 ? 0 : chunk.token[key];
+      __builtin_prefetch((const char*)call.key + (head.key_at + token * call.key_strides[1]) * size + line * 64);
+      if (call.value)
+        __builtin_prefetch((const char*)call.value + (head.value_at + token * call.value_strides[1]) * size + line * 64);
+      if (++line == lines) line = 0, key++;
     }
   }
 };
@@ -511,29 +524,31 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
   if (head.mass) add_to_blocks<QV>(chunk, room, which, count, base, sums, bases);
   int64_t at[CHUNK];
   for (int n = 0; n < count; n++) at[n] = which[n] * PANEL;
-  for (int64_t e = 0; e < d; e += R)  // what stands behind head_dim is 0
+  for (int64_t e = 0; e < d; e += R) {  // what stands behind head_dim is 0
+    ahead.more();
     multiply_values<R, QV>(room.values + e / PANEL * (CHUNK * PANEL) + e % PANEL, at, count, room.scores, fade,
                            output + e * N);
+  }
 }
 
 template <int QV>
 static void store_output(const Head& head, const Tile<QV>& tile, const float* output) {
   constexpr int N = QV * WIDTH;
   const Call& call = head.call;
-  for (int i = 0; i < tile.count; i++) {
-    const int64_t token = tile.token[i];
-    if (token < 0) continue;
-    const float total = tile.total[i / WIDTH][i % WIDTH], most = tile.most[i / WIDTH][i % WIDTH];
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    const int64_t at = head.output_at + token * call.output_strides[1];
-    const float* column = output + i;
-    if (call.dtype == FLOAT32)
-      for (int64_t e = 0; e < call.head_dim; e++) ((float*)call.output)[at + e] = column[e * N] * inverse;
-    else if (call.dtype == BFLOAT16)
-      for (int64_t e = 0; e < call.head_dim; e++) ((uint16_t*)call.output)[at + e] = to_bfloat16(column[e * N] * inverse);
-    else
-      for (int64_t e = 0; e < call.head_dim; e++) ((uint16_t*)call.output)[at + e] = to_float16(column[e * N] * inverse);
-    head.lse[token] = total > 0.0f ? most + logf(total) : MINUS_INF;
+  for (int j = 0; j < QV && j * WIDTH < tile.count; j++) {
+    const Vec inverse = tile.total[j] > splat(0.0f) ? splat(1.0f) / tile.total[j] : splat(0.0f);
+    const int64_t* token = tile.token + j * WIDTH;
+    for (int64_t e = 0; e < call.head_dim; e += WIDTH) {
+      Vec x[WIDTH];
+      UNROLL for (int i = 0; i < WIDTH; i++) x[i] = load(output + (e + i) * N + j * WIDTH) * inverse;
+      transpose(x);
+      for (int i = 0; i < WIDTH; i++)
+        if (token[i] >= 0)
+          write(call.output, head.output_at + token[i] * call.output_strides[1] + e, call.dtype, x[i], call.head_dim - e);
+    }
+    for (int i = 0; i < WIDTH; i++)
+      if (token[i] >= 0)
+        head.lse[token[i]] = tile.total[j][i] > 0.0f ? tile.most[j][i] + logf(tile.total[j][i]) : MINUS_INF;
   }
 }
 
@@ -568,8 +583,8 @@ static void attend(const Head& head, int64_t i_q, int64_t row, int64_t queries, 
   for (int now = 0; chunks[now].count; now ^= 1) {
     const Chunk& chunk = chunks[now];
     walk.next(chunks[now ^ 1]);
-    Ahead ahead{head, chunks[now ^ 1]};
-    ahead.step = (chunks[now ^ 1].count * Tile<QV>::R + tiles * chunk.count - 1) / (tiles * chunk.count);
+    constexpr int R = Tile<QV>::R;
+    Ahead ahead(head, chunks[now ^ 1], tiles * ((chunk.count + R - 1) / R + (call.value ? (d + R - 1) / R : 0)));
     load_keys(head, chunk, room);
     for (int t = 0; t < tiles; t++) {
       const float* own = room.queries + t * d * N;
