@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import platform
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,7 @@ class Backends(Planning):
         self._modules: dict[str, ModuleType | str] = {}
         self._trusted: set[Key] = set()
         self._fastest: dict[tuple[torch.dtype, int, int], str] = {}
+        self._measured: _Measured | None = None
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
@@ -83,7 +85,14 @@ class Backends(Planning):
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         name, module = self._choose(query, plan, "attend", needs_grad=needs_grad)
         self._canary(name, module, query)
-        result: tuple[Tensor, Tensor] | None = module.attend(query, key, value, plan, scale)
+        self._measured, result = None, None
+        if plan.measured and hasattr(module, "attend_with_mass"):
+            found = module.attend_with_mass(query, key, value, plan, scale)
+            if found is not None:
+                result = found[:2]
+                self._measured = _Measured(query, key, found[1], plan.q, plan.kv, scale, found[2])
+        else:
+            result = module.attend(query, key, value, plan, scale)
         if result is None:
             name, module = self._torch_on_cpu(query)
             result = module.attend(query, key, value, plan, scale)
@@ -130,6 +139,10 @@ class Backends(Planning):
                         f"the {side} layout is for {tuple(layout.starts.shape[:2])} (batch, "
                         f"heads), {side} has {(batch, heads)}"
                     )
+        if self._measured is not None:
+            known = self._measured.of(query, key, lse, q, kv, scale)
+            if known is not None:
+                return known
         name, module = self._choose(query, small_plan(query.device), "block_mass")
         self._canary(name, module, query)
         result: Tensor | None = module.block_mass(query, key, lse, q, kv, scale)
@@ -269,6 +282,49 @@ class Backends(Planning):
                 f"{versions()}. Choose another kernel by name, and please report this."
             )
         self._trusted.add(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The block mass that the newest call summed on the way, until the next call."""
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor
+    q: BlockLayout
+    kv: BlockLayout
+    scale: float
+    mass: Tensor
+
+    def of(
+        self,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        q: BlockLayout,
+        kv: BlockLayout,
+        scale: float,
+    ) -> Tensor | None:
+        """Give the mass where the question is about this very call, or a run of its heads."""
+        if q is not self.q or kv is not self.kv or scale != self.scale:
+            return None
+        first = (lse.data_ptr() - self.lse.data_ptr()) // (self.lse.element_size() * lse.shape[-1])
+        heads = slice(first, first + lse.shape[1])
+        if first < 0 or heads.stop > self.lse.shape[1]:
+            return None
+        mine = (self.query[:, :, heads], self.key[:, :, heads], self.lse[:, heads])
+        same = all(_is_view(a, b) for a, b in zip(mine, (query, key, lse), strict=True))
+        return self.mass[:, heads] if same else None
+
+
+def _is_view(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory; both are alive."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+    )
 
 
 def exp_error(kernel: str) -> float:

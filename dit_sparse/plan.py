@@ -48,6 +48,8 @@ class BlockPlan:
         dense_keys: Keys that dense attention would read per query, where that is not the sum of
             ``kv.lengths`` (pooled keys were appended); only ``density`` uses it.
         complete: Known to keep every block whole, so that a dense kernel may answer.
+        measured: The method will ask for the block mass of this very call: a kernel that can sums
+            it on the way. It changes no result, and is not saved.
     """
 
     q: BlockLayout
@@ -63,6 +65,7 @@ class BlockPlan:
     kv_tokens: int | None = None
     dense_keys: int | None = None
     complete: bool = False
+    measured: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and devices; ``validate`` also reads the values."""
@@ -118,12 +121,12 @@ class BlockPlan:
         )
 
     @classmethod
-    def full(cls, q: BlockLayout, kv: BlockLayout) -> BlockPlan:
+    def full(cls, q: BlockLayout, kv: BlockLayout, *, measured: bool = False) -> BlockPlan:
         """Keep every block: the plan whose result is dense attention over the laid-out keys."""
         indices = torch.arange(kv.blocks, dtype=torch.int32, device=kv.device)
         indices = indices.expand(1, 1, q.blocks, kv.blocks)
         counts = torch.full((1, 1, q.blocks), kv.blocks, dtype=torch.int32, device=kv.device)
-        return cls(q, kv, indices, counts, complete=True)
+        return cls(q, kv, indices, counts, complete=True, measured=measured)
 
     @classmethod
     def from_token_mask(cls, mask: Tensor, q: BlockLayout, kv: BlockLayout) -> BlockPlan:

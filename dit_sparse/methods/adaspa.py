@@ -100,7 +100,8 @@ class AdaSpa(Method):
             state.clear()
             if not searches or not searches[0] <= call.step < call.num_steps - 1:
                 return None
-            return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
+            q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
+            return BlockPlan.full(q, kv, measured=True)
         due = [step for step in searches if state["searched"] < step <= call.step]
         if due:
             self._search(call, state["lse"], ops)

@@ -82,7 +82,8 @@ class SparseD(Method):
         state.clear()
         if not step_at(self.search_step, call.num_steps) <= call.step < call.num_steps - 1:
             return None
-        return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
+        q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
+        return BlockPlan.full(q, kv, measured=True)
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
         """Search after the search step's dense attention; returns ``output`` as it is."""

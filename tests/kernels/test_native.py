@@ -4,6 +4,7 @@
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.backends import Backends
+from dit_sparse.call import AttentionCall
 from dit_sparse.canary import RACE_ROUNDS, RACE_TOKENS, compare
 from dit_sparse.errors import KernelError, NativeUnavailable
-from dit_sparse.grid import BlockLayout
+from dit_sparse.grid import BlockLayout, LatentsGrid
 from dit_sparse.kernels import cpu, native, native_library, reference
+from dit_sparse.methods import method_class
 from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for, sides
-from tests.strategies import batches, generator, head_counts, seeds
+from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUT = BlockLayout.from_lengths([20, 13, 9])
@@ -205,3 +208,52 @@ def test_the_faster_kernel_is_chosen_once(monkeypatch, seconds, winner):
     timed = [args for args in calls if args[0].shape[1] == RACE_TOKENS]
     assert len(timed) == RACE_ROUNDS
     assert {args[0].shape[-1] for args in calls} == {16}
+
+
+@pytest.mark.parametrize("method", ["adaspa", "sparsed"])
+def test_a_first_search_gets_its_block_sums_from_the_dense_pass(monkeypatch, method):
+    asked = []
+    monkeypatch.setattr(native, "block_mass", lambda *args: asked.append(args))
+    monkeypatch.setattr(cpu, "block_mass", lambda *args: asked.append(args))
+    grid = LatentsGrid(4, 8, 8, 7)
+    query, key, value = attention_inputs(0, 2, grid.tokens, 3, 16, torch.float32)
+    call = AttentionCall(query, key, value, grid, 0.25, heads=(0, 1, 2), step=4, num_steps=10)
+    chosen, ops = method_class(method)(block_size=16), Backends("native")
+    plan = chosen.plan(call, ops)
+    output, lse = ops.attend(query, key, value, plan, 0.25)
+    chosen.finish(call, output, lse, ops)
+    assert not asked
+    exact = reference.block_mass(query, key, lse, plan.q, plan.kv, 0.25)
+    found = torch.cat(
+        [
+            ops.block_mass(query[:, :, h], key[:, :, h], lse[:, h], plan.q, plan.kv, 0.25)
+            for h in (slice(0, 2), slice(2, 3))
+        ],
+        1,
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    later = chosen.plan(replace(call, step=5), ops)
+    assert later.density().max() < 1
+    assert not asked
+
+
+def test_the_block_sums_are_those_of_their_own_call_only():
+    tensors = inputs_for(PLAN, 2, 3, 16, 0, torch.float32)
+    ops = Backends("native")
+    plan = BlockPlan.full(LAYOUT, LAYOUT, measured=True)
+    _, lse = ops.attend(*tensors, plan, 0.25)
+    query, key, _ = tensors
+    wanted = ops.block_mass(query, key, lse.clone(), LAYOUT, LAYOUT, 0.25)
+    torch.testing.assert_close(ops.block_mass(query, key, lse, LAYOUT, LAYOUT, 0.25), wanted)
+    other = BlockLayout.from_lengths([21, 21])
+    for q, kv, scale in ((other, LAYOUT, 0.25), (LAYOUT, other, 0.25), (LAYOUT, LAYOUT, 0.5)):
+        found = ops.block_mass(query, key, lse, q, kv, scale)
+        exact = reference.block_mass(query, key, lse, q, kv, scale)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    again = ops.block_mass(2 * query, key, lse, LAYOUT, LAYOUT, 0.25)  # an old LSE, new queries
+    exact = reference.block_mass(2 * query, key, lse, LAYOUT, LAYOUT, 0.25)
+    torch.testing.assert_close(again.double(), exact, rtol=1e-5, atol=1e-5)
+    turned = ops.block_mass(query.flip(2), key.flip(2), lse.flip(1), LAYOUT, LAYOUT, 0.25)
+    torch.testing.assert_close(turned, wanted.flip(1))
+    ops.attend(*tensors, PLAN, 0.25)
+    assert ops._measured is None
