@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.canary import check_kernel, check_lloyd, race, small_plan
+from dit_sparse.canary import check_kernel, check_lloyd, small_plan, torch_is_faster
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels.kmeans import kmeans
@@ -61,7 +61,6 @@ class Backends(Planning):
         """Name of the kernel that answered the last call."""
         self._modules: dict[str, ModuleType | str] = {}
         self._trusted: set[Key] = set()
-        self._fastest: dict[tuple[torch.dtype, int, int], str] = {}
         self._measured: _Measured | None = None
 
     def attend(
@@ -258,15 +257,8 @@ class Backends(Planning):
 
     def _faster_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
         """Choose between the CPU's two kernels by a race, once for each dtype and head_dim."""
-        key = (query.dtype, query.shape[-1], torch.get_num_threads())
-        if key not in self._fastest:
-            modules: dict[str, ModuleType] = {
-                name: importlib.import_module(KERNELS[name])
-                for name in ("native", "cpu")
-                if name in KERNELS
-            }
-            self._fastest[key] = race(modules, query.dtype, query.shape[-1])
-        name = self._fastest[key]
+        slower = torch_is_faster(query.dtype, query.shape[-1], torch.get_num_threads())
+        name = "cpu" if slower else "native"
         return name, importlib.import_module(KERNELS[name])
 
     def _canary(self, name: str, module: ModuleType, query: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_sparse
 from dit_sparse.methods import METHODS
@@ -50,6 +51,17 @@ def family(request):
     return request.param, pipe, args, tiny.run(pipe, args)
 
 
+@pytest.fixture(scope="module")
+def rounding(family):
+    """How far torch's own two ways to compute attention part on this pipeline.
+
+    DDIM's few steps amplify a rounding a hundredfold: 1.8e-5 on one processor.
+    """
+    _, pipe, args, stock = family
+    with sdpa_kernel(SDPBackend.MATH):
+        return distance(tiny.run(pipe, args), stock)
+
+
 def graph(pipe):
     """Fingerprint all that attaching touches: classes, attributes and hooks of every module."""
     found = {}
@@ -85,7 +97,7 @@ def test_every_family_has_a_pipeline_here():
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_keeping_everything_equals_the_unmodified_pipeline(family, method):
+def test_keeping_everything_equals_the_unmodified_pipeline(family, rounding, method):
     _, pipe, args, stock = family
     with dit_sparse.sparse_attention(pipe, method, strict=True, **EVERYTHING[method]) as handle:
         ours = tiny.run(pipe, args)
@@ -96,7 +108,7 @@ def test_keeping_everything_equals_the_unmodified_pipeline(family, method):
         assert torch.equal(ours, stock)
     else:
         assert {"native", "cpu"} & set(report.kernels)
-        assert distance(ours, stock) < 1e-5
+        assert distance(ours, stock) < max(1e-5, 2 * rounding)
 
 
 @pytest.mark.parametrize("method", sorted(SPARSE))
