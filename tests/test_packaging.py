@@ -34,14 +34,14 @@ except NativeUnavailable as error:
 LINKS = ("kernels", "pipelines", "profiles")
 
 
-def run(*arguments, cwd, **environment):
+def run(*arguments, cwd, timeout=900, **environment):
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -193,7 +193,7 @@ def test_sdist_builds_a_wheel_with_its_library(root, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="compares with /proc/cpuinfo")
 def test_wheels_for_every_platform_of_which_one_loads_here(root, tmp_path):
     pytest.importorskip("ziglang", reason="needs ziglang: pip install -e '.[wheels]'")
-    run(".ci/wheels.py", str(tmp_path), cwd=root)
+    run(".ci/wheels.py", str(tmp_path), cwd=root, timeout=2400)
     assert len(list(tmp_path.glob("*.tar.gz"))) == 1
     wheels = {path.name.rpartition("-none-")[2]: path for path in tmp_path.glob("*.whl")}
     targets = native_build.TARGETS.values()
@@ -201,6 +201,10 @@ def test_wheels_for_every_platform_of_which_one_loads_here(root, tmp_path):
     for target in targets:
         name = library_of(wheels[f"{target.wheel}.whl"])
         assert Path(name).name.startswith(f"{target.name}-{native_build.source_hash()}-")
+        # Built elsewhere and later, it has the same bytes, whose digest is in the name. Two of the
+        # five, whose formats hold a path and a time unless they are taken out.
+        if target.name in {"macos-arm64", "windows-x86-64"}:
+            assert native_build.build(tmp_path / "again", target).name == Path(name).name
     wheel = wheels[f"{native_build.this_target().wheel}.whl"]
     state, *sets = state_in(wheel, tmp_path / "site").split(" ")
     assert state == str(tmp_path / "site" / library_of(wheel))

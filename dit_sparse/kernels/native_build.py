@@ -227,7 +227,17 @@ def _compile_with(compiler: list[str], target: Target, folder: Path) -> Path:
         list(pool.map(_run, commands))
     library = folder / f"library{target.suffix}"
     _run([*_linker(compiler, target), "-o", str(library), *map(str, objects)])
+    if target.suffix == ".dll":
+        _clear_time(library)
     return library
+
+
+def _clear_time(library: Path) -> None:
+    """Zero the time of linking in a Windows library's header: equal builds, equal bytes."""
+    content = bytearray(library.read_bytes())
+    header = int.from_bytes(content[60:64], "little")  # PE signature, machine, sections, time
+    content[header + 8 : header + 12] = bytes(4)
+    library.write_bytes(content)
 
 
 def _works(compiler: list[str], target: Target) -> bool:
@@ -256,11 +266,13 @@ def _target_flags(compiler: list[str], target: Target) -> list[str]:
 
 def _linker(compiler: list[str], target: Target) -> list[str]:
     """Return the command that links: nothing of C++'s own library is needed when it is loaded."""
+    # Without a name of its own a macOS library carries the path that it is linked at.
+    named = ["-Wl,-install_name,dit_sparse.dylib"] if target.name.startswith("macos") else []
     if "ziglang" in compiler:
         # As C: no object needs anything of libc++, which Zig would compile first.
-        return [*compiler[:-1], "cc", "-target", target.zig, "-shared", "-s"]
+        return [*compiler[:-1], "cc", "-target", target.zig, "-shared", "-s", *named]
     if target.name.startswith("macos"):
-        return [*compiler, "-shared"]
+        return [*compiler, "-shared", *named]
     static = ["-static"] if target.name.startswith("windows") else []
     return [
         *compiler, "-shared", "-s", *static, "-static-libgcc", "-static-libstdc++",
