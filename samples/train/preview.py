@@ -31,6 +31,7 @@ def main() -> None:
     transformer = family.make_transformer()
     state = torch.load(args.checkpoints / "dit.pt")
     transformer.load_state_dict(state["average"])
+    family.spread(transformer)
     pipeline = family.make_pipeline(transformer.eval(), family.make_autoencoder())
     pipeline.set_progress_bar_config(disable=True)
     rng = random.Random("preview")

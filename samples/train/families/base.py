@@ -81,6 +81,9 @@ class Family(ABC):
     def prepare(self, model: nn.Module) -> None:  # noqa: B027, most families need nothing
         """Change ``model`` for training only; nothing by default."""
 
+    def spread(self, model: nn.Module) -> None:  # noqa: B027, most families need nothing
+        """Place small examples as the native size seen coarsely; nothing by default."""
+
     def unpack(self, latents: Tensor, pixels: int) -> Tensor:  # noqa: ARG002, packed families use it
         """Turn the pipeline's ``output_type="latent"`` into ``[batch, channels, ...]``."""
         return latents
