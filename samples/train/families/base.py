@@ -40,6 +40,7 @@ class Family(ABC):
     sample_defaults: Mapping[str, Any]  # native size and settings of the pipeline's call, and fps
     layer_lists: tuple[str, ...] = ("transformer_blocks",)  # attributes whose layers compile
     adam_names: tuple[str, ...] = ()  # parameters of the transformer that Muon leaves to AdamW
+    halves: tuple[str, ...] = tuple(HALVES)  # parts of the autoencoder that train
 
     @abstractmethod
     def space(self, path: Path) -> Space:

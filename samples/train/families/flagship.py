@@ -4,7 +4,7 @@
 from pathlib import Path
 from types import MappingProxyType
 
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from latents import FRAMES, PIXELS, LatentSpace
 from positions import spread_positions
 from text import PIPELINE_TOKENS
@@ -13,6 +13,7 @@ from torch import nn
 from families.wan import HEAD_DIM, HEADS, Wan
 
 LATENTS = Path(__file__).parents[1] / "wan-latents.safetensors"
+WAN = Path(__file__).parents[2] / "wan-tiny"
 
 
 class Flagship(Wan):
@@ -33,12 +34,17 @@ class Flagship(Wan):
             "call": {"max_sequence_length": 64},
         }
     )
+    halves = ()  # wan-tiny's are kept
     padded_lengths = (64, 64, 64, PIPELINE_TOKENS)  # WanPipeline pads to 512 by default
     ffn_dim = 4 * HEADS * HEAD_DIM
 
     def space(self, path: Path) -> LatentSpace:  # noqa: ARG002, the map is fixed by the VAE
         """Read the latent space that wan-tiny's VAE decodes."""
         return LatentSpace.load(LATENTS)
+
+    def make_autoencoder(self, seed: int = 0) -> AutoencoderKLWan:  # noqa: ARG002, it is trained
+        """Load wan-tiny's."""
+        return AutoencoderKLWan.from_pretrained(WAN, subfolder="vae")
 
     def spread(self, model: WanTransformer3DModel) -> None:
         """Give clips of every size the positions of the native one."""
