@@ -16,3 +16,6 @@ stage() {
 }
 
 stage --until 600 --lr 2.5e-3 --buckets 17x64x16:0.5@0.6 17x128x4:0.5@1.1
+stage --until 1400 --lr 2.5e-3 --buckets 17x64x16:0.2@0.6 17x128x4:0.4@1.1 17x192x2:0.4@1.5
+stage --until 2000 --lr 2e-3 --buckets 17x128x4:0.1@1.1 17x192x2:0.45@1.5 33x192x1:0.45@1.9
+stage --until 2300 --lr 1.5e-3 --decay 300 --buckets 17x192x2:0.25@1.5 33x192x2:0.75@1.7

@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     metadata = {"step": str(state["step"]), "cpu_seconds": f"{state['cpu_seconds']:.1f}"}
     args.weights.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, args.weights, metadata)
+    args.weights.chmod(0o644)
 
 
 if __name__ == "__main__":

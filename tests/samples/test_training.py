@@ -161,3 +161,38 @@ def test_the_shipped_latents_are_those_of_the_shipped_autoencoder(family, tmp_pa
         decoded = vae.decode(space.encode(video)[None]).sample[0]
     psnr = -10 * ((decoded - video) / 2).square().mean().log10()
     assert psnr > 28
+
+
+def test_the_shipped_checkpoint_fits_the_flagship(family):
+    from train_dit import read_weights
+
+    folder = SAMPLES / "train" / "checkpoints"
+    weights, step, cpu_seconds = read_weights(folder / "flagship.safetensors")
+    family.make_transformer().load_state_dict(weights)
+    assert step > 0
+    assert cpu_seconds > 0
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20_000_000
+
+
+def test_a_preview_counts_the_questions_it_answers(trained, tmp_path, capsys):
+    import preview
+
+    picture = tmp_path / "preview.png"
+    call = [
+        "flagship",
+        str(trained / "dit.pt"),
+        str(picture),
+        "--size",
+        "5x16",
+        "--questions",
+        "2",
+    ]
+    preview.main([*call, "--dtype", "float32", "--set", "num_inference_steps=1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 4, ")
+    assert [line.split(":")[0] for line in lines[1:3]] == [
+        "a small red square moving down over a navy plain background",
+        "a small red square moving left over a black plain background",
+    ]
+    assert lines[3].endswith(" of 2 have all words right")
+    assert picture.stat().st_size > 100
