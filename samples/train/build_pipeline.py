@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from families import FAMILIES, make_family
-from families.base import HALVES
 from torch import nn
 
 
@@ -25,14 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument(
-        "checkpoints", type=Path, help="folder with dit.pt, decoder.pt, encoder.pt"
+        "checkpoints", type=Path, help="folder with dit.pt and the halves' decoder.pt, encoder.pt"
     )
     parser.add_argument("pipeline", type=Path, help="folder to write")
     args = parser.parse_args()
     family = make_family(args.family)
     transformer, vae = family.make_transformer(), family.make_autoencoder()
     take(transformer, args.checkpoints / "dit.pt")
-    for name in HALVES:
+    for name in family.halves:
         take(family.half(vae, name), args.checkpoints / f"{name}.pt")
     # text encoders stay float32: they are small
     pipeline = family.make_pipeline(transformer.half(), vae.half())

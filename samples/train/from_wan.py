@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn wan-tiny's transformer into starting weights for another video family's.
 
-Layers take over self-attention, feed-forward and, by least squares over all timesteps, their
-modulation. What has no counterpart starts as the family starts it: all that reads text. Query and
-key norms differ (over all heads in Wan, per head elsewhere): a start, not the same function.
+The flagship starts as the same function: its additional feed-forward units output zero.
+
+HunyuanVideo's layers take over self-attention, feed-forward and, by least squares over all
+timesteps, their modulation. What has no counterpart starts as the family starts it: all that reads
+text. Query and key norms differ (over all heads in Wan, per head elsewhere): a start, not the same
+function.
 """
 
 import argparse
@@ -93,7 +96,15 @@ def hunyuan_video(model: nn.Module, wan: WanTransformer3DModel) -> None:
         layer.proj_out.bias.copy_(gate * out.bias + ff_gate * second.bias)
 
 
-STARTS = {"hunyuan-video": hunyuan_video}
+@torch.no_grad()
+def flagship(model: nn.Module, wan: WanTransformer3DModel) -> None:
+    """Start a Wan transformer with wider feed-forward layers; it computes what ``wan`` does."""
+    weights = model.state_dict()  # the output of a feed-forward layer starts at zero
+    for name, value in wan.state_dict().items():
+        weights[name][tuple(slice(length) for length in value.shape)] = value
+
+
+STARTS = {"flagship": flagship, "hunyuan-video": hunyuan_video}
 
 
 def main() -> None:

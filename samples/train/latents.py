@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from data import clip
+from safetensors.torch import load_file
 from torch import Tensor
 
 CHANNELS = 16
@@ -63,6 +64,8 @@ class LatentSpace:
     @classmethod
     def load(cls, path: Path) -> "LatentSpace":
         """Read the map from ``path``, or fit it and write it there where the file is missing."""
+        if path.suffix == ".safetensors":
+            return cls(**load_file(path))
         if not path.exists():
             space = cls.fit()
             torch.save(vars(space), path)

@@ -7,6 +7,7 @@ from families.base import Family
 
 FAMILIES = {
     "wan": "wan:Wan",
+    "flagship": "flagship:Flagship",
     "cogvideox": "cogvideox:CogVideoX",
     "hunyuan-video": "hunyuan_video:HunyuanVideo",
     "flux": "flux:Flux",

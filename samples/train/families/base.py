@@ -40,6 +40,7 @@ class Family(ABC):
     sample_defaults: Mapping[str, Any]  # native size and settings of the pipeline's call, and fps
     layer_lists: tuple[str, ...] = ("transformer_blocks",)  # attributes whose layers compile
     adam_names: tuple[str, ...] = ()  # parameters of the transformer that Muon leaves to AdamW
+    halves: tuple[str, ...] = tuple(HALVES)  # parts of the autoencoder that train
 
     @abstractmethod
     def space(self, path: Path) -> Space:
@@ -80,6 +81,9 @@ class Family(ABC):
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027, most families need nothing
         """Change ``model`` for training only; nothing by default."""
+
+    def spread(self, model: nn.Module) -> None:  # noqa: B027, most families need nothing
+        """Place small examples as the native size seen coarsely; nothing by default."""
 
     def unpack(self, latents: Tensor, pixels: int) -> Tensor:  # noqa: ARG002, packed families use it
         """Turn the pipeline's ``output_type="latent"`` into ``[batch, channels, ...]``."""

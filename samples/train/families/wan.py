@@ -21,7 +21,6 @@ from transformer import BiasedCrossAttention, collapse_padding
 from families.video import VideoFamily
 
 HEADS, HEAD_DIM, LAYERS = 4, 48, 6
-PADDED_LENGTHS = (64, PIPELINE_TOKENS)
 
 
 class Wan(VideoFamily):
@@ -38,6 +37,8 @@ class Wan(VideoFamily):
             "fps": 12,
         }
     )
+    padded_lengths: tuple[int, ...] = (64, PIPELINE_TOKENS)  # drawn from, one a step
+    ffn_dim = 2 * HEADS * HEAD_DIM
     layer_lists = ("blocks",)
     adam_names = ("patch_embedding", "proj_out", "time_proj", "scale_shift", "time_embedder")
 
@@ -56,7 +57,7 @@ class Wan(VideoFamily):
             out_channels=CHANNELS,
             text_dim=TEXT_DIM,
             freq_dim=64,
-            ffn_dim=2 * HEADS * HEAD_DIM,
+            ffn_dim=self.ffn_dim,
             num_layers=LAYERS,
             cross_attn_norm=True,
             rope_max_seq_len=128,
@@ -102,7 +103,7 @@ class Wan(VideoFamily):
 
     def conditioning(self, captions: list[str], rng: random.Random) -> dict[str, Any]:
         """Encode captions for one of the padded lengths."""
-        text, bias = self.prompts(captions, rng.choice(PADDED_LENGTHS))
+        text, bias = self.prompts(captions, rng.choice(self.padded_lengths))
         return {"text": text, "bias": bias}
 
     def forward(
