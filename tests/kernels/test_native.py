@@ -24,6 +24,7 @@ from tests.plans import cases, inputs_for, sides
 from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLANS = 500  # for each instruction set; 5,000 passed once, in four minutes
 LAYOUT = BlockLayout.from_lengths([20, 13, 9])
 PLAN = BlockPlan.from_block_mask(torch.tensor([[[[True, False, True]] * 3]]), LAYOUT, LAYOUT)
 
@@ -62,9 +63,9 @@ def test_every_instruction_set_stays_within_twice_the_plain_error(name, case, he
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
-@settings(max_examples=5000)
+@settings(max_examples=PLANS)
 @given(case=cases(), head_dim=head_dims, dtype=st.sampled_from(DTYPES))
-def test_5000_plans_stay_within_twice_the_plain_error(name, case, head_dim, dtype):
+def test_many_plans_stay_within_twice_the_plain_error(name, case, head_dim, dtype):
     check(name, case, head_dim, dtype)
 
 
