@@ -512,15 +512,14 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
     tile.most[j] = most[j];
     tile.total[j] *= fade[j];
   }
-  Vec total[QV];
-  UNROLL for (int j = 0; j < QV; j++) total[j] = tile.total[j];
+  Vec total[QV] = {};
   for (int n = 0; n < count; n++)
     UNROLL for (int j = 0; j < QV; j++) {
       const Vec x = exp2(load(room.scores + n * N + j * WIDTH) * splat(LOG2_E) - base[j]);
       store(room.scores + n * N + j * WIDTH, x);
       total[j] += x;
     }
-  UNROLL for (int j = 0; j < QV; j++) tile.total[j] = total[j];
+  UNROLL for (int j = 0; j < QV; j++) tile.total[j] += total[j];
   if (head.mass) add_to_blocks<QV>(chunk, room, which, count, base, sums, bases);
   int64_t at[CHUNK];
   for (int n = 0; n < count; n++) at[n] = which[n] * PANEL;
