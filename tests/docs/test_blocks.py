@@ -196,6 +196,8 @@ def test_shell_blocks_are_what_the_commands_take(page, desk):
                     assert rest[0] in targets, f"make has no {rest[0]}"
                 elif first in {"python", "accelerate", "torchrun"}:
                     script(rest, (ROOT / page).parent)
+                elif first == "sh":
+                    assert ((ROOT / page).parent / rest[0]).is_file(), f"no script {rest[0]}"
                 else:
                     assert first in {"pip", "git", "cd", "cp"}, f"unknown command {first}"
             except BaseException as error:
