@@ -272,33 +272,49 @@ struct Ahead {
 
 // ---- scratch memory of one thread -------------------------------------------------------------
 
-struct Room {
-  float *queries, *outputs;  // [TILES][head_dim][tile]
-  float* keys;               // [CHUNK][head_dim]
-  float* values;             // [panels][CHUNK][PANEL]
-  float* scores;             // [CHUNK + R][tile]
-  float* rows;               // [WIDTH][head_dim]
-  const float* key[CHUNK];   // where each key of the chunk stands
-  float *sums, *bases;       // [kv_blocks][tile], where block mass is wanted
+// Each array by itself, so that a sanitizer sees what reaches past its end.
+class Array {
+ public:
+  explicit Array(int64_t floats) : memory(std::malloc(floats * sizeof(float) + 64)) {}
+  Array(const Array&) = delete;
+  ~Array() { std::free(memory); }
+  explicit operator bool() const { return memory; }
+  float* data() const { return (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63); }
+
+ private:
   void* memory;
+};
 
+struct Room {
   static int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
+  // A row of vectors may reach behind head_dim: what is read there is not used.
+  static int64_t wide(const Call& c) { return padded(c.head_dim) + WIDTH; }
+  static int64_t blocks(const Call& c) { return c.mass ? c.kv_blocks : 0; }
 
-  explicit Room(const Call& c) {
-    const int64_t d = padded(c.head_dim), blocks = c.mass ? c.kv_blocks : 0;
-    const int64_t sizes[] = {TILES * d * MOST, TILES * d * MOST, CHUNK * d, CHUNK * d,
-                             (CHUNK + PANEL) * MOST, d * WIDTH,             blocks * MOST * TILES, blocks * MOST * TILES};
-    int64_t total = 16;
-    for (int64_t size : sizes) total += size;
-    memory = std::malloc(total * sizeof(float));
-    float* at = (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    float** const to[] = {&queries, &outputs, &keys, &values, &scores, &rows, &sums, &bases};
-    if (!memory) return;
-    for (int i = 0; i < 8; i++) *to[i] = at, at += sizes[i];
-    std::memset(values, 0, CHUNK * d * sizeof(float));
+  Array array[8];
+  float *const queries, *const outputs;      // [TILES][head_dim][tile]
+  float* const keys;                         // [CHUNK][head_dim]
+  float* const values;                       // [panels][CHUNK][PANEL]
+  float* const scores;                       // [CHUNK + R][tile]
+  float* const rows;                         // [WIDTH][head_dim]
+  float *const sums, *const bases;           // [TILES][kv_blocks][tile], where block mass is wanted
+  const float* key[CHUNK];                   // where each key of the chunk stands
+
+  explicit Room(const Call& c)
+      : array{Array(TILES * wide(c) * MOST), Array(TILES * wide(c) * MOST), Array(CHUNK * c.head_dim),
+              Array(CHUNK * padded(c.head_dim)), Array((CHUNK + PANEL) * MOST), Array(WIDTH * wide(c)),
+              Array(TILES * blocks(c) * MOST), Array(TILES * blocks(c) * MOST)},
+        queries(array[0].data()), outputs(array[1].data()), keys(array[2].data()), values(array[3].data()),
+        scores(array[4].data()), rows(array[5].data()), sums(array[6].data()), bases(array[7].data()) {
+    // Behind head_dim values stay 0.
+    if (array[3]) std::memset(values, 0, CHUNK * padded(c.head_dim) * sizeof(float));
   }
-  Room(const Room&) = delete;
-  ~Room() { std::free(memory); }
+
+  bool complete() const {
+    for (const Array& each : array)
+      if (!each) return false;
+    return true;
+  }
 };
 
 // ---- one piece of work ------------------------------------------------------------------------
@@ -638,7 +654,7 @@ static bool check(const Call& call, int64_t piece, int64_t runs) {
 
 int32_t work(Call& call) {
   Room room(call);
-  if (!room.memory) return NO_MEMORY;
+  if (!room.complete()) return NO_MEMORY;
   const int64_t runs = (call.tokens + 255) / 256, checks = call.careful ? 0 : call.batch * runs;
   const int64_t total = checks + call.batch * call.heads * call.q_blocks;
   for (;;) {
