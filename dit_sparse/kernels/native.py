@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention on the CPU by compiled code, reached through ctypes (``native/*.cpp``).
 
-The whole plan contract in fp32, bf16 and fp16 (arithmetic in fp32), bit tiles included. Threads of
-this call take query blocks from one counter until none is left; while compiled code runs, Python's
-lock is free. Scratch memory is some hundred kilobytes a thread, whatever the length.
+The whole plan contract in fp32, bf16 and fp16 (arithmetic in fp32), bit tiles included. Torch's
+own threads take query blocks from one counter until none is left; Python's lock is free meanwhile.
+Scratch memory is some hundred kilobytes a thread, whatever the length.
 
 Compiled code is for ordinary numbers: where a query, key or value that takes part is NaN,
 infinite or so large that sums could overflow, ``attend`` gives None and the torch kernel
@@ -13,8 +13,10 @@ infinite or so large that sums could overflow, ``attend`` gives None and the tor
 from __future__ import annotations
 
 import ctypes
+from functools import cache
+from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,12 +33,11 @@ HAS_BACKWARD = False
 # Relative error of an exponential: 3 units in the last place of fp32, measured, and as much again
 # and more for its argument, which is rounded once more for a power of 2.
 EXP_ERROR = 8 * 2.0**-24
-ABI_VERSION = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = {"avx2": 1, "avx512": 2, "neon": 4, "wide": 8}  # bits, best last but for wide
 BEST_FIRST = ("avx512", "avx2", "neon")
-WORTH_A_THREAD = 2e7  # multiply-adds: a millisecond, several times what starting a thread takes
-DONE, NOT_FINITE, NO_MEMORY = 0, 1, 2
+WORTH_A_THREAD = 1e7  # multiply-adds: a third of a millisecond, some times what a thread costs
+DONE, NOT_FINITE, NO_MEMORY, NO_INSTRUCTIONS = range(4)
 
 _Pointer, _Long, _Int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -63,6 +64,8 @@ class _Call(ctypes.Structure):
         ("stop", _Int),
         ("scale", ctypes.c_float),
         ("careful", _Int),
+        ("instruction_set", _Int),
+        ("result", _Int),
     )
 
 
@@ -262,29 +265,49 @@ def _run(call: _Call, keys: float, instruction_set: str | None) -> bool:
     work = call.batch * call.heads * call.tokens * call.head_dim * keys
     pieces = call.batch * call.heads * call.q_blocks
     threads = max(1, min(torch.get_num_threads(), pieces, int(work / WORTH_A_THREAD)))
-    if _run_threads(call, threads, name):
-        return True
-    call.next, call.stop, call.careful = 0, 0, 1  # it may be a number that takes no part
-    return _run_threads(call, threads, name)
+    call.instruction_set = INSTRUCTION_SETS[name]
+    _run_team(call, threads)
+    if call.result == NOT_FINITE:
+        call.next, call.stop, call.result, call.careful = 0, 0, DONE, 1  # it may take no part
+        _run_team(call, threads)
+    if call.result == NO_MEMORY:
+        raise MemoryError("native attention: no memory for a thread's scratch, a few 100 kB each")
+    if call.result == NO_INSTRUCTIONS:
+        raise KernelError(f"native attention: this processor has no {name}")
+    return bool(call.result == DONE)
 
 
-def _run_threads(call: _Call, count: int, name: str) -> bool:
-    library = native_library.load()
-    results: list[int] = []
-
-    def work() -> None:
-        results.append(library.dit_sparse_work(ctypes.byref(call), INSTRUCTION_SETS[name]))
-
-    threads = [Thread(target=work) for _ in range(count - 1)]
+def _run_team(call: _Call, count: int) -> None:
+    """Run the compiled code in ``count`` threads at once."""
+    work = native_library.load().dit_sparse_work
+    parallel = _openmp()
+    if parallel is not None:
+        parallel(work, ctypes.byref(call), count, 0)
+        return
+    threads = [Thread(target=work, args=(ctypes.byref(call),)) for _ in range(count - 1)]
     for thread in threads:
         thread.start()
     try:
-        work()
+        work(ctypes.byref(call))
     finally:
         for thread in threads:
             thread.join()
-    if NO_MEMORY in results:
-        raise MemoryError("native attention: no memory for a thread's scratch, some 100 kB each")
-    if not set(results) <= {DONE, NOT_FINITE}:
-        raise KernelError(f"native attention: this processor has no {name}")
-    return NOT_FINITE not in results
+
+
+@cache
+def _openmp() -> Any:
+    """Find what starts a parallel region of torch's own OpenMP threads; None: torch has none.
+
+    After each operation of torch its threads spin for some milliseconds: others beside them get
+    half of a core, where these take the work at once.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).is_file():
+            # A library's handle finds the names of all that it was linked with, too.
+            parallel = getattr(ctypes.CDLL(str(folder / name)), "GOMP_parallel", None)
+            if parallel is not None:
+                parallel.argtypes = [_Pointer, _Pointer, ctypes.c_uint, ctypes.c_uint]
+                parallel.restype = None
+            return parallel
+    return None

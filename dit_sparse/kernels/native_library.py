@@ -15,7 +15,7 @@ from dit_sparse.errors import NativeUnavailable
 from dit_sparse.kernels import native_build
 from dit_sparse.kernels.native_build import FAILED, HOW, BuildError, name_parts
 
-ABI_VERSION = 1  # of native/call.h
+ABI_VERSION = 2  # of native/call.h
 REBUILD = "build it again: `dit-sparse doctor --build`, or any make target in a checkout"
 
 

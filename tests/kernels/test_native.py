@@ -39,11 +39,13 @@ if "avx2" in SETS:
 head_dims = st.sampled_from([1, 3, 8, 17, 24, 40, 48, 64, 72, 128])
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=["one thread", "two of torch's threads", "two threads of our own"])
 def _threads(request, monkeypatch):
     monkeypatch.setattr(native, "WORTH_A_THREAD", 1.0)
-    # What the kernel asks; torch's own threads would spin beside it.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    count = 1 if request.param == "one thread" else 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    if request.param == "two threads of our own":  # torch without OpenMP
+        monkeypatch.setattr(native, "_openmp", lambda: None)
 
 
 def check(name, case, head_dim, dtype):
@@ -260,3 +262,22 @@ def test_the_block_sums_are_those_of_their_own_call_only():
     torch.testing.assert_close(turned, wanted.flip(1))
     ops.attend(*tensors, PLAN, 0.25)
     assert ops._measured is None
+
+
+@pytest.mark.skipif("OpenMP" not in torch.__config__.parallel_info(), reason="torch has no OpenMP")
+def test_work_is_done_by_torchs_own_threads(monkeypatch):
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "Thread", None)
+    started = []
+    parallel = native._openmp()
+
+    def count(*args):
+        started.append(args[2])
+        parallel(*args)
+
+    monkeypatch.setattr(native, "_openmp", lambda: count)
+    tensors = inputs_for(PLAN, 1, 2, 16, 0, torch.float32)
+    output, lse = native.attend(*tensors, PLAN, 0.25)
+    assert started == [2]
+    assert compare(*tensors, PLAN, 0.25, output, lse, native.EXP_ERROR) is None

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Result : int32_t { DONE = 0, NOT_FINITE = 1, NO_MEMORY = 2, NO_INSTRUCTIONS = 3 };
@@ -32,4 +32,6 @@ struct Call {
   // 0: every number is checked first; 1: only what takes part is, where it is read. A call runs again
   // with 1 when a number was found that may not take part.
   int32_t careful;
+  int32_t instruction_set;  // one bit of dit_sparse_instruction_sets
+  int32_t result;           // what the threads found: a Result, DONE where all is well
 };

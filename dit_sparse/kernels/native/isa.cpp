@@ -21,7 +21,7 @@ namespace ISA {
 #endif
 constexpr int PANEL = 24;  // a multiple of every R below
 #ifndef FLOATS
-#define FLOATS 6144
+#define FLOATS 9216
 #endif
 constexpr int MOST = 4 * WIDTH;  // queries in a tile at most
 constexpr float LARGEST = 1.44115188e17f;        // 2^57: no product of two such, summed, overflows

@@ -62,17 +62,24 @@ EXPORT int32_t dit_sparse_instruction_sets() {
 #endif
 }
 
-// Take pieces of work until none is left; several threads may call it with one Call.
-EXPORT int32_t dit_sparse_work(Call* call, int32_t instruction_set) {
-  if (!(dit_sparse_instruction_sets() & instruction_set)) return NO_INSTRUCTIONS;
-  switch (instruction_set) {
+static int32_t work(Call& call) {
+  if (!(dit_sparse_instruction_sets() & call.instruction_set)) return NO_INSTRUCTIONS;
+  switch (call.instruction_set) {
 #if defined(__x86_64__) || defined(_M_X64)
-    case AVX2: return avx2::work(*call);
-    case AVX512: return avx512::work(*call);
-    case WIDE: return wide::work(*call);
+    case AVX2: return avx2::work(call);
+    case AVX512: return avx512::work(call);
+    case WIDE: return wide::work(call);
 #elif defined(__aarch64__)
-    case NEON: return neon::work(*call);
+    case NEON: return neon::work(call);
 #endif
     default: return NO_INSTRUCTIONS;
   }
+}
+
+// Take pieces of work until none is left. All threads of a team call it with the same Call; it has
+// the form that OpenMP's GOMP_parallel wants of a function.
+EXPORT void dit_sparse_work(void* shared) {
+  Call& call = *(Call*)shared;
+  const int32_t result = work(call);
+  if (result != DONE) __atomic_store_n(&call.result, result, __ATOMIC_RELAXED);
 }
