@@ -71,6 +71,21 @@ def test_many_plans_stay_within_twice_the_plain_error(name, case, head_dim, dtyp
     check(name, case, head_dim, dtype)
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_errors_do_not_add_up_along_a_row_of_many_keys(name, head_dim):
+    """A rounding made once for every chunk of keys would exceed the bound at this length."""
+    q, kv = BlockLayout.from_lengths([64]), BlockLayout.from_lengths([128] * 160)
+    plan = BlockPlan.from_block_mask(torch.ones(1, 1, 1, 160, dtype=torch.bool), q, kv)
+    random = generator(0)
+    query, key, value = (
+        torch.randn(1, tokens, 1, head_dim, generator=random) for tokens in (64, 20_480, 20_480)
+    )
+    scale = head_dim**-0.5
+    output, lse = native.attend(query, key, value, plan, scale, name)
+    assert compare(query, key, value, plan, scale, output, lse, native.EXP_ERROR) is None
+
+
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("name", SETS)
 @given(data=st.data(), batch=batches, heads=head_counts, seed=seeds, dtype=st.sampled_from(DTYPES))

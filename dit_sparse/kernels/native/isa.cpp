@@ -322,7 +322,8 @@ struct Room {
 template <int QV>
 struct Tile {
   static constexpr int N = QV * WIDTH, R = Rows<QV>::R;
-  Vec most[QV], total[QV];  // of the scores so far; of their exponentials
+  Vec most[QV], base[QV];  // largest score so far, or the LSE given; the same times log2(e)
+  Vec total[QV];           // of 2^(score log2(e) - base)
   int64_t token[N];
   int count;
 };
@@ -364,7 +365,7 @@ static void load_queries(const Head& head, int64_t slot, int count, Room& room, 
       transpose(x);
       UNROLL for (int i = 0; i < WIDTH; i++) if (e + i < d) store(queries + (e + i) * N + j * WIDTH, x[i]);
     }
-    tile.most[j] = splat(MINUS_INF), tile.total[j] = splat(0.0f);
+    tile.most[j] = splat(MINUS_INF), tile.base[j] = tile.total[j] = splat(0.0f);
   }
 }
 
@@ -497,7 +498,7 @@ static void store_mass(const Head& head, int64_t i_q, const Tile<QV>& tile, cons
       Vec sum = load(sums + block * N + j * WIDTH);
       if (call.value)
         sum = tile.total[j] > splat(0.0f)
-            ? sum * exp2(load(bases + block * N + j * WIDTH) - tile.most[j] * splat(LOG2_E)) / tile.total[j] : splat(0.0f);
+            ? sum * exp2(load(bases + block * N + j * WIDTH) - tile.base[j]) / tile.total[j] : splat(0.0f);
       for (int i = 0; i < WIDTH; i++)
         if (j * WIDTH + i < tile.count && tile.token[j * WIDTH + i] >= 0) mass += sum[i];
     }
@@ -523,9 +524,12 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
     adjust<QV>(head.call, chunk, first, tile.count, which, count, room.scores, most);
   }
   UNROLL for (int j = 0; j < QV; j++) {
-    base[j] = (most[j] == splat(MINUS_INF) ? splat(0.0f) : most[j]) * splat(LOG2_E);
-    fade[j] = exp2(tile.most[j] * splat(LOG2_E) - base[j]);
-    tile.most[j] = most[j];
+    const Vec nothing = splat(0.0f), before = tile.most[j];
+    base[j] = most[j] == splat(MINUS_INF) ? nothing : most[j] * splat(LOG2_E);
+    // From one base to the next: exactly 1 while they are equal. Computed from the score instead,
+    // as a fused multiply-add, the rounding of the base would be in it, once for every chunk.
+    fade[j] = before == splat(MINUS_INF) ? nothing : exp2(tile.base[j] - base[j]);
+    tile.most[j] = most[j], tile.base[j] = base[j];
     tile.total[j] *= fade[j];
   }
   Vec total[QV] = {};
@@ -563,7 +567,7 @@ static void store_output(const Head& head, const Tile<QV>& tile, const float* ou
     }
     for (int i = 0; i < WIDTH; i++)
       if (token[i] >= 0)
-        head.lse[token[i]] = tile.total[j][i] > 0.0f ? tile.most[j][i] + logf(tile.total[j][i]) : MINUS_INF;
+        head.lse[token[i]] = tile.total[j][i] > 0.0f ? (float)(tile.base[j][i] * LN_2 + logf(tile.total[j][i])) : MINUS_INF;
   }
 }
 

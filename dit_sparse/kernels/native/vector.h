@@ -21,6 +21,7 @@ typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t Half __attribute__((vector_size(WIDTH * 2)));
 
 constexpr float LOG2_E = 1.44269504088896341f;
+constexpr double LN_2 = 0.69314718055994531;
 constexpr float MINUS_INF = -__builtin_inff();
 
 INLINE Vec splat(float x) { return x - Vec{}; }  // both compilers: one broadcast
@@ -82,30 +83,38 @@ INLINE Vec exp2(Vec x) {
 }
 
 // scores[R][QV vectors] = R keys . queries, over head_dim; queries are [head_dim][QV vectors].
+// Runs of up to RUN products are summed by themselves first: one sum of 128 would round twice as much.
+constexpr int RUN = 64;
 template <int R, int QV>
 INLINE void multiply_keys(const float* const* keys, const float* queries, int64_t head_dim,
                           float* scores, Vec* most) {
   constexpr int N = QV * WIDTH;
-  Vec sum[R][QV] = {};
-  for (int64_t e = 0; e < head_dim; e++) {
-    Vec wide[R <= QV ? R : QV];  // the fewer of the two kinds stay in registers
-    if constexpr (R <= QV) {
-      UNROLL for (int i = 0; i < R; i++) wide[i] = splat(keys[i][e]);
-      UNROLL for (int j = 0; j < QV; j++) {
-        const Vec query = load(queries + e * N + j * WIDTH);
-        UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * query;
-      }
-    } else {
-      UNROLL for (int j = 0; j < QV; j++) wide[j] = load(queries + e * N + j * WIDTH);
-      UNROLL for (int i = 0; i < R; i++) {
-        const Vec key = splat(keys[i][e]);
-        UNROLL for (int j = 0; j < QV; j++) sum[i][j] += key * wide[j];
+  const int64_t runs = (head_dim + RUN - 1) / RUN;
+  for (int64_t run = 0; run < runs; run++) {
+    const int64_t stop = head_dim * (run + 1) / runs;
+    Vec sum[R][QV] = {};
+    for (int64_t e = head_dim * run / runs; e < stop; e++) {
+      Vec wide[R <= QV ? R : QV];  // the fewer of the two kinds stay in registers
+      if constexpr (R <= QV) {
+        UNROLL for (int i = 0; i < R; i++) wide[i] = splat(keys[i][e]);
+        UNROLL for (int j = 0; j < QV; j++) {
+          const Vec query = load(queries + e * N + j * WIDTH);
+          UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * query;
+        }
+      } else {
+        UNROLL for (int j = 0; j < QV; j++) wide[j] = load(queries + e * N + j * WIDTH);
+        UNROLL for (int i = 0; i < R; i++) {
+          const Vec key = splat(keys[i][e]);
+          UNROLL for (int j = 0; j < QV; j++) sum[i][j] += key * wide[j];
+        }
       }
     }
-  }
-  UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++) {
-    store(scores + i * N + j * WIDTH, sum[i][j]);
-    most[j] = maximum(most[j], sum[i][j]);
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++) {
+      float* const to = scores + i * N + j * WIDTH;
+      if (run) sum[i][j] += load(to);
+      store(to, sum[i][j]);
+      if (run == runs - 1) most[j] = maximum(most[j], sum[i][j]);
+    }
   }
 }
 
