@@ -165,7 +165,10 @@ def test_a_wheel_is_built_without_a_compiler(root, tmp_path):
     # As `pip install .` on a machine without one: it succeeds, and the reason comes along.
     source = copy_to(tmp_path / "dit-sparse", root)
     (tmp_path / "out").mkdir()
-    wheel = build_wheel(source, tmp_path / "out", PATH=str(tmp_path / "nothing"))
+    (tmp_path / "hidden").mkdir()  # Zig's compiler, where it is installed, is a package of Python
+    (tmp_path / "hidden/sitecustomize.py").write_text("import sys; sys.modules['ziglang'] = None")
+    hidden = {"PATH": str(tmp_path / "nothing"), "PYTHONPATH": str(tmp_path / "hidden")}
+    wheel = build_wheel(source, tmp_path / "out", **hidden)
     assert library_of(wheel) == f"{LIBRARY_FOLDER}failed.txt"
     state = state_in(wheel, tmp_path / "site")
     assert "no: building the native library failed: no C++ compiler found" in state

@@ -18,7 +18,7 @@ from dit_sparse.backends import Backends
 from dit_sparse.bench import Shape, make_plan
 from dit_sparse.grid import LatentsGrid
 
-tokens, heads, head_dim, density, threads = map(float, sys.argv[1:])
+tokens, heads, head_dim, density, threads = map(float, sys.argv[1:6])
 torch.set_num_threads(int(threads))
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -32,7 +32,7 @@ def memory():  # (now, peak, of mapped files) in bytes; elsewhere the peak so fa
     return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile"))
 
 random = torch.Generator().manual_seed(0)
-backends = Backends()
+backends = Backends(sys.argv[6] if len(sys.argv) > 6 else None)
 for length in (512, int(tokens)):  # the first call loads libraries and makes the canary's check
     shape = Shape("", LatentsGrid(1, 1, length), int(heads), int(head_dim))
     plan = make_plan(shape, 128, density, "random", random)
@@ -42,7 +42,7 @@ for length in (512, int(tokens)):  # the first call loads libraries and makes th
     before, _, code = memory()
     output, _ = backends.attend(query, key, value, plan, head_dim**-0.5)
 _, peak, code_after = memory()  # code that the call was the first to touch is not its memory
-print((peak - before - (code_after - code) - output.nbytes) / 2**20)
+print(backends.last_kernel, (peak - before - (code_after - code) - output.nbytes) / 2**20)
 """
 
 
@@ -52,14 +52,19 @@ def measure_peak_memory(
     head_dim: int = 128,
     density: float = 0.25,
     threads: int | None = None,
+    kernel: str | None = None,
 ) -> PeakMemory:
-    """Measure, in a fresh process, what one sparse CPU call takes beyond its tensors."""
+    """Measure, in a fresh process, what one sparse CPU call takes beyond its tensors.
+
+    ``kernel`` names the CPU kernel; None: the one that would run.
+    """
     threads = torch.get_num_threads() if threads is None else threads
-    sizes = (tokens, heads, head_dim, density, threads)
+    sizes = (tokens, heads, head_dim, density, threads, *filter(None, [kernel]))
     done = subprocess.run(  # noqa: S603 (our own script, numbers only)
         [sys.executable, "-c", SCRIPT, *map(str, sizes)],
         check=True,
         capture_output=True,
         text=True,
     )
-    return PeakMemory(tokens, heads, head_dim, density, threads, float(done.stdout))
+    answered, extra_mib = done.stdout.split()
+    return PeakMemory(answered, tokens, heads, head_dim, density, threads, float(extra_mib))

@@ -158,6 +158,7 @@ METHOD_COLUMNS = ("method", "shape", "threads", "density", "dense ms", "attend m
 class PeakMemory:
     """Most memory that one sparse CPU call took beyond query, key, value and output."""
 
+    kernel: str
     tokens: int
     heads: int
     head_dim: int
@@ -168,9 +169,9 @@ class PeakMemory:
     def __str__(self) -> str:
         """Say it in one line."""
         return (
-            f"{self.tokens} tokens, {self.heads} heads, head_dim {self.head_dim}, density "
-            f"{self.density:.0%}, {self.threads} threads: {self.extra_mib:.1f} MiB beyond query, "
-            "key, value and output"
+            f"{self.kernel}, {self.tokens} tokens, {self.heads} heads, head_dim {self.head_dim}, "
+            f"density {self.density:.0%}, {self.threads} threads: {self.extra_mib:.1f} MiB beyond "
+            "query, key, value and output"
         )
 
 

@@ -72,7 +72,7 @@ def _kernels(data: Path) -> str:
             text.append(
                 f"A sparse call at {peak['tokens']:,} tokens ({peak['heads']} heads of "
                 f"{peak['head_dim']}, density {peak['density']:g}, {peak['threads']} threads) "
-                f"takes {peak['extra_mib']:.0f} MiB beyond its inputs and its output.\n"
+                f"takes {peak['extra_mib']:.1f} MiB beyond its inputs and its output.\n"
             )
     return "\n".join(text)
 

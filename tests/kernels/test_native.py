@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.backends import Backends
+from dit_sparse.bench import measure_peak_memory
 from dit_sparse.call import AttentionCall
 from dit_sparse.canary import RACE_ROUNDS, RACE_TOKENS, compare, torch_is_faster
 from dit_sparse.errors import KernelError, NativeUnavailable
@@ -296,3 +297,10 @@ def test_work_is_done_by_torchs_own_threads(monkeypatch):
     output, lse = native.attend(*tensors, PLAN, 0.25)
     assert started == [2]
     assert compare(*tensors, PLAN, 0.25, output, lse, native.EXP_ERROR) is None
+
+
+@pytest.mark.slow
+def test_peak_memory_at_32k_tokens_is_that_of_each_threads_scratch():
+    found = measure_peak_memory(heads=1, density=0.06, threads=2, kernel="native")
+    assert found.kernel == "native"
+    assert found.extra_mib < 4  # a copy of one of the inputs would be 16

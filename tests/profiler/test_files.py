@@ -172,7 +172,7 @@ def test_broken_files_leave_a_pipeline_as_it_was(tmp_path):
     draw, path = random.Random(1), tmp_path / "broken.json"
     outcomes = {"refused": 0, "ran": 0, "failed": 0}
     messages = []
-    for number in range(120):
+    for number in range(160):
         path.write_text(whole if number == 0 else mutated(whole, draw), encoding="utf-8")
         try:
             with warnings.catch_warnings():

@@ -178,7 +178,7 @@ def test_a_failed_write_leaves_an_earlier_report_alone(written, tmp_path, monkey
         raise OSError("disk full")
 
     monkeypatch.setattr(pictures, "strip", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(QualityInputError, match="cannot be written: disk full"):
         write_comparison(written[0], tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
