@@ -41,9 +41,10 @@ def run_bench(
 
     Args:
         device: "cpu" or "cuda".
-        shapes: Sizes; two of 8k tokens on the CPU, the models' own on a GPU where None.
+        shapes: Sizes; where None one of 2k and two of 8k tokens on the CPU, the models' own on a
+            GPU.
         block_sizes: Tokens in a block, of queries and of keys.
-        densities: Kept share of the key blocks; where None 50, 25, 12.5 % on the CPU and 50, 25,
+        densities: Kept share of the key blocks; where None 60, 25, 12.5 % on the CPU and 50, 25,
             10 % on a GPU.
         patterns: "random": blocks anywhere, the hardest; "local": the nearest ones.
         dtypes: fp32 on the CPU, bf16 on a GPU where None.
@@ -61,7 +62,7 @@ def run_bench(
     if dtypes is None:
         dtypes = (torch.float32,) if on_cpu else (torch.bfloat16,)
     if densities is None:
-        densities = (0.5, 0.25, 0.125) if on_cpu else (0.5, 0.25, 0.1)
+        densities = (0.6, 0.25, 0.125) if on_cpu else (0.5, 0.25, 0.1)
     tried = _kernels(where, dtypes[0]) if kernels is None else tuple(kernels)
     found: list[Measurement] = []
     against: dict[str, str] = {}

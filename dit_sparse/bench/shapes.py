@@ -36,6 +36,7 @@ class Shape:
 
 
 CPU_SHAPES = (
+    Shape("2k, head_dim 48", LatentsGrid(9, 16, 16), 4, 48),
     Shape("8k, head_dim 64", LatentsGrid(8, 32, 32), 2, 64),
     Shape("8k, head_dim 128", LatentsGrid(8, 32, 32), 2, 128),
 )
