@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
 
 COPY = torch.ops.aten._to_copy.default  # noqa: SLF001
 MOST = 2**22  # elements of a tensor that keeps its data
+SETTING = (bool, int, float, str, tuple, type(None))
 INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 
 
@@ -121,3 +124,60 @@ class Attended(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class Repeated:
+    """Run one of several layers that are alike, and count it for each of them.
+
+    Layers are alike where they print alike (class, submodules and their sizes), hold the same
+    settings, and are called with the same data and with tensors of the same shapes: without data
+    they then compute as much, and return tensors of the same shapes.
+
+    Args:
+        model: Whose lists of layers are looked through.
+        counter: Counts the operations of the layers that run.
+        attended: Notes their attention.
+    """
+
+    def __init__(self, model: nn.Module, counter: FlopCounterMode, attended: Attended) -> None:
+        self.counter, self.attended = counter, attended
+        self.flops = 0  # of the layers that did not run
+        self._seen: dict[Any, tuple[Any, int, list[tuple[int, int, int, int, int]]]] = {}
+        self._held: list[Any] = []  # compared by id, which stays taken
+        for layers in [each for each in model.modules() if isinstance(each, torch.nn.ModuleList)]:
+            for layer in layers:
+                layer.forward = functools.partial(
+                    self._run, layer.forward, (repr(layer), _settings(layer))
+                )
+
+    def _run(self, forward: Callable[..., Any], alike: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, form = tree_flatten((args, kwargs))
+        self._held.append(leaves)
+        key = (alike, str(form), tuple(_sort(leaf) for leaf in leaves))
+        if key not in self._seen:
+            flops, calls = self.counter.get_total_flops() + self.flops, len(self.attended.calls)
+            result = forward(*args, **kwargs)
+            flops = self.counter.get_total_flops() + self.flops - flops
+            self._seen[key] = result, flops, self.attended.calls[calls:]
+            return result
+        result, flops, found = self._seen[key]
+        self.flops += flops
+        self.attended.calls += found
+        return result
+
+
+def _settings(layer: nn.Module) -> str:
+    """What modules hold besides weights and modules: values, and the classes of the rest."""
+    return repr(
+        [
+            sorted((k, repr(v if isinstance(v, SETTING) else type(v))) for k, v in held.items())
+            for held in map(vars, layer.modules())
+        ]
+    )
+
+
+def _sort(leaf: Any) -> Any:
+    """Tell values apart by what a layer without data makes of them."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+        return leaf.shape, leaf.dtype
+    return (type(leaf), leaf) if isinstance(leaf, SETTING) else id(leaf)

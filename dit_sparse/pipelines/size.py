@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_sparse.errors import UnsupportedError
 from dit_sparse.pipelines import family_by_name
-from dit_sparse.pipelines.counting import Attended, Mixed
+from dit_sparse.pipelines.counting import Attended, Mixed, Repeated
 from dit_sparse.pipelines.family import Unsized
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def model_size(
         modules = [module for _, module in family.attention_modules(model)]
         attended = Attended(modules)
         counter, mixed = FlopCounterMode(display=False), Mixed()  # type: ignore[no-untyped-call]
+        repeated = Repeated(model, counter, attended)
         with warnings.catch_warnings(), torch.no_grad(), counter, mixed, attended.watching():
             warnings.simplefilter("ignore")  # of dtypes and devices that nothing is computed in
             model(**inputs)
@@ -121,7 +122,7 @@ def model_size(
         head_dim=attended.calls[0][4],
         parameters=sum(weight.numel() for weight in model.parameters()),
         attention_flops=attention,
-        other_flops=counter.get_total_flops() - attention,
+        other_flops=counter.get_total_flops() + repeated.flops - attention,
     )
 
 
