@@ -26,15 +26,19 @@ def gilbert_order(grid: LatentsGrid) -> Tensor:
     Returns:
         ``permutation[slot] = token``, int64 ``[1, 1, tokens]``.
     """
-    at = torch.tensor(curve(grid.width, grid.height, grid.frames))
+    at = curve(grid.width, grid.height, grid.frames)
     video = at[:, 0] + grid.width * (at[:, 1] + grid.height * at[:, 2])
     order = torch.arange(grid.tokens)
     order[grid.video_start : grid.video_start + grid.video_tokens] = video + grid.video_start
     return order[None, None]
 
 
-def curve(width: int, height: int, depth: int) -> list[Vector]:
-    """Walk through every (x, y, z) of the box once, along its longest side on the whole."""
+def curve(width: int, height: int, depth: int) -> Tensor:
+    """Walk through every (x, y, z) of the box once, along its longest side on the whole.
+
+    Returns:
+        Places in the order of the walk, int64 ``[tokens, 3]``.
+    """
     x, y, z = (width, 0, 0), (0, height, 0), (0, 0, depth)
     if width >= height and width >= depth:
         axes = (x, y, z)
@@ -42,20 +46,25 @@ def curve(width: int, height: int, depth: int) -> list[Vector]:
         axes = (y, x, z)
     else:
         axes = (z, x, y)
-    found: list[Vector] = []
-    waiting: list[Box] = [((0, 0, 0), *axes)]
-    while waiting:
-        start, a, b, c = waiting.pop()
-        extents = [abs(sum(axis)) for axis in (a, b, c)]
-        if 0 in extents:
-            continue
-        lines = [axis for axis, extent in zip((a, b, c), extents, strict=True) if extent > 1]
-        if len(lines) <= 1:
-            unit = _unit(lines[0]) if lines else (0, 0, 0)
-            found += [_sum(start, _times(unit, i)) for i in range(max(extents))]
-        else:
-            waiting += reversed(_split(start, a, b, c))
-    return found
+    return _walk(*axes, {})
+
+
+def _walk(a: Vector, b: Vector, c: Vector, known: dict[tuple[Vector, ...], Tensor]) -> Tensor:
+    """Walk through a box from its first corner at 0; boxes of the same axes are walked once."""
+    if (a, b, c) in known:
+        return known[a, b, c]
+    extents = [abs(sum(axis)) for axis in (a, b, c)]
+    lines = [axis for axis, extent in zip((a, b, c), extents, strict=True) if extent > 1]
+    if 0 in extents:
+        walked = torch.empty(0, 3, dtype=torch.int64)
+    elif len(lines) <= 1:
+        unit = torch.tensor(_unit(lines[0]) if lines else (0, 0, 0))
+        walked = torch.arange(max(extents))[:, None] * unit
+    else:
+        boxes = _split((0, 0, 0), a, b, c)
+        walked = torch.cat([torch.tensor(at) + _walk(u, v, w, known) for at, u, v, w in boxes])
+    known[a, b, c] = walked
+    return walked
 
 
 def _split(start: Vector, a: Vector, b: Vector, c: Vector) -> list[Box]:
