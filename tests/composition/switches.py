@@ -184,7 +184,7 @@ def backend(pipe, args):
 def no_backend(pipe):
     pipe.transformer.reset_attention_backend()
     # diffusers leaves the global default set (0.42.1)
-    attention_dispatch._AttentionBackendRegistry.set_active_backend(
+    attention_dispatch._AttentionBackendRegistry._active_backend = (
         attention_dispatch.AttentionBackendName.NATIVE
     )
 

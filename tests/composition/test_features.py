@@ -94,7 +94,7 @@ def _usual_backend():
     """Put diffusers' global attention backend back, also after a failure."""
     yield
     native = attention_dispatch.AttentionBackendName.NATIVE
-    attention_dispatch._AttentionBackendRegistry.set_active_backend(native)
+    attention_dispatch._AttentionBackendRegistry._active_backend = native
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # FasterCache's
