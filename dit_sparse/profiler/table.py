@@ -61,7 +61,7 @@ def sum_up(
     schedule has in the band; the captured calls between stand for the other steps.
 
     Raises:
-        ProfileError: Prompts led to different sizes.
+        ProfileError: Prompts led to different sizes, or a unit has other candidates.
     """
     about = units[0]["about"]
     for number, unit in enumerate(units):
@@ -71,8 +71,14 @@ def sum_up(
                 "generate the same size in as many steps"
             )
     calls: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-    for unit in units:
+    wanted = [candidate.name for candidate in candidates]
+    for number, unit in enumerate(units):
         for call in unit["calls"]:
+            if (came := [each["candidate"] for each in call["found"]]) != wanted:
+                raise ProfileError(
+                    f"unit {number} has measurements of {', '.join(came)}; this search wants "
+                    f"{', '.join(wanted)}: add --fresh (fresh=True) to measure anew"
+                )
             calls[call["stage"], call["layer"], call["band"]].append(call)
     of_band = bands.steps(about["num_steps"])
     ran = {stage: set(steps) for stage, steps in units[0]["steps"].items()}
@@ -98,7 +104,6 @@ def _row(
     recalls, ordered, partial = [one], [False], [0.0]
     for i_candidate, candidate in enumerate(candidates):
         taken = [call["found"][i_candidate] for call in calls]
-        assert all(each["candidate"] == candidate.name for each in taken)
         searched = [each for each in taken if each["searched"] and candidate.dense_steps(steps)]
         rest = [each for each in taken if each not in searched]
         full = min(candidate.dense_steps(steps), steps) if searched else 0

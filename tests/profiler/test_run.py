@@ -2,6 +2,7 @@
 """The search from end to end on real pipelines of tiny size, its store, and kills."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -235,6 +236,70 @@ def test_a_broken_store_is_refused(wan, tmp_path):
     with pytest.raises(ProfileError, match="not a profiler's; name another"):
         search(*wan, store=Store(full), fresh=True)
     assert (full / "a.txt").read_text() == "mine"
+
+
+def put(value, *path):
+    def change(data):
+        *outer, last = path
+        for key in outer:
+            data = data[key]
+        data[last] = value
+
+    return change
+
+
+def drop(key):
+    return lambda data: data.pop(key)
+
+
+IN_BANDS = {"sequential": "bands", "costs": "measured"}
+
+
+@pytest.fixture(scope="module")
+def measured(wan, tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("measured") / "store")
+    search(*wan, **IN_BANDS, store=store)
+    return store.folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("unit-00000", drop("about"), "about: this key is missing"),
+        ("unit-00000", drop("calls"), "calls: this key is missing"),
+        ("unit-00000", put("three", "about", "grid", 0), r"about\.grid\[0\]: .*got 'three'"),
+        ("unit-00000", put(0, "about", "heads"), "about.heads: .*got 0"),
+        ("unit-00000", put([1], "calls", 0, "power"), "power has 1 numbers, wanted .* 2 heads"),
+        ("unit-00000", put("other", "calls", 0, "stage"), "stage 'other' is not in steps"),
+        ("unit-00000", put({}, "calls", 0, "found", 0), r"found\[0\]\.candidate: this key is mi"),
+        ("unit-00000-band-0", drop("about"), "about: this key is missing"),
+        ("chosen-0", put([["a", 0]], "choices"), r"choices\[0\]"),
+        ("costs", drop("model"), "model: this key is missing"),
+        ("costs", put("soon", "model", "launch"), "model.launch: .*got 'soon'"),
+    ],
+)
+def test_json_of_another_structure_is_one_error(wan, measured, tmp_path, name, change, words):
+    store = Store(tmp_path / "store")
+    shutil.copytree(measured, store.folder)
+    path = store.folder / f"{name}.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    if "band" in name:  # read where the whole unit is not made yet
+        (store.folder / "unit-00000.json").unlink()
+    with pytest.raises(ProfileError, match=rf"{name}\.json: .*{words}.*delete this file"):
+        search(*wan, **IN_BANDS, store=store)
+
+
+def test_units_of_other_candidates_are_refused(wan, tmp_path):
+    store = Store(tmp_path / "store")
+    search(*wan, store=store)
+    unit = store.unit(0)
+    for call in unit["calls"]:
+        call["found"].pop()
+    store.write_unit(0, unit)
+    with pytest.raises(ProfileError, match=r"unit 0 has .*this search wants .*--fresh"):
+        search(*wan, store=store)
 
 
 def test_no_space_leaves_no_half_file(tmp_path, monkeypatch):

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The structure of the files in a store: checked once when a file is read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Truth = Annotated[bool, Field(strict=True)]
+
+
+class Part(BaseModel):
+    """Plain data with known keys; further keys are allowed."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class About(Part):
+    """What every unit of a search has in common."""
+
+    grid: tuple[Count, Count, Count, Index, Truth]
+    num_steps: Count
+    layers: Count
+    batch: Count
+    heads: Count
+    head_dim: Count
+
+
+class Result(Part):
+    """What one candidate did on one call; see ``measure.Measured``."""
+
+    candidate: str
+    error: list[Number]
+    doubt: list[Number]
+    recall: list[Number] | None
+    density: list[Number]
+    computed: list[Number]
+    ordered: Truth
+    partial: Number
+    searched: Truth
+
+
+class Call(Part):
+    """One captured call."""
+
+    stage: str
+    layer: Index
+    step: Index
+    band: Index
+    power: list[Number]
+    found: list[Result]
+
+
+class Unit(Part):
+    """All calls of one prompt with one seed."""
+
+    about: About
+    steps: dict[str, list[Index]]
+    kernel: str | None
+    calls: list[Call]
+
+    @model_validator(mode="after")
+    def _one_number_per_head(self) -> Unit:
+        heads = self.about.heads
+        for i, call in enumerate(self.calls):
+            lists: list[tuple[str, list[float] | None]] = [("power", call.power)]
+            for each in call.found:
+                lists += [(name, getattr(each, name)) for name in _PER_HEAD]
+            for name, values in lists:
+                if values is not None and len(values) != heads:
+                    raise ValueError(
+                        f"calls[{i}]: {name} has {len(values)} numbers, wanted one for each of "
+                        f"{heads} heads"
+                    )
+            if call.stage not in self.steps:
+                raise ValueError(f"calls[{i}]: stage {call.stage!r:.80} is not in steps")
+        return self
+
+
+class Model(Part):
+    """``cost.CostModel``."""
+
+    source: str
+    unit: str
+    heads: Count
+    dense: Number
+    launch: Number
+    head: dict[str, Number]
+    pair: dict[str, Number]
+    order: Number
+    cut: Number
+    planning: dict[str, tuple[Number, Number]]
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Costs(Part):
+    """Measured times."""
+
+    model: Model
+    agreement: dict[str, Number]
+    timed_on: str
+
+
+class Chosen(Part):
+    """The choices of one band: stage, layer, band, a candidate for each head."""
+
+    choices: list[tuple[str, Index, Index, list[Index]]]
+
+
+class Check(Part):
+    """A finished strategy beside dense."""
+
+    measured_attention_speedup: Number
+    latents_relative_error: Number
+
+    model_config = ConfigDict(extra="forbid")
+
+
+_PER_HEAD = ("error", "doubt", "recall", "density", "computed")
+SHAPES: dict[str, type[Part]] = {
+    r"unit-.*": Unit,
+    r"costs\.json": Costs,
+    r"chosen-.*": Chosen,
+    r"check-.*": Check,
+}
+
+
+def check_shape(name: str, data: dict[str, Any]) -> None:
+    """Check what a file of this name holds; ``ValueError`` names the key."""
+    for pattern, shape in SHAPES.items():
+        if re.fullmatch(pattern, name):
+            try:
+                shape.model_validate(data)
+            except ValidationError as error:
+                raise ValueError(_first(error)) from None
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    where = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in detail["loc"])
+    where = f"{where.lstrip('.')}: " if where else ""
+    if detail["type"] == "missing":
+        return f"{where}this key is missing"
+    if detail["type"] == "value_error":
+        return f"{where}{detail['ctx']['error']}"
+    return f"{where}{detail['msg'][:1].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
