@@ -184,7 +184,7 @@ FEATURES = {
     ),
     "sea": Feature(
         "SeaCache",
-        do.cached(lambda pipe: diffusers.SeaCacheConfig(threshold=1e6)),
+        do.cached(lambda pipe: do.newer("SeaCacheConfig")(threshold=1e6)),
         families=("wan",),
         **CACHE,
     ),
