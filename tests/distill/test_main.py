@@ -11,6 +11,8 @@ import dit_sparse
 from dit_sparse.distill import source
 from dit_sparse.distill.__main__ import main
 
+WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers 0.36 demands it offline
+
 RUN = """
 task: distill
 model: {model}
@@ -64,7 +66,7 @@ def test_the_command_trains_goes_on_and_its_result_samples(command, tmp_path, ca
     ]  # fmt: skip
     model = json.loads((out / "config.json").read_text())["model"]
     pipe = diffusers.WanPipeline.from_pretrained(model)
-    pipe.load_lora_weights(out / "result")
+    pipe.load_lora_weights(out / "result", weight_name=WEIGHTS)
     handle = dit_sparse.enable(pipe, out / "result")
     clip = pipe(
         "a red circle", height=64, width=64, num_frames=5, num_inference_steps=2,

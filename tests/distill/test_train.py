@@ -14,6 +14,8 @@ from dit_sparse.distill.errors import DistillError
 from tests import tiny
 from tests.distill import setup
 
+WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers 0.36 demands it offline
+
 
 def run(folder, name="wan", **changes):
     made = setup.trainer(folder, name, **changes)
@@ -203,7 +205,7 @@ def test_the_result_is_loaded_by_the_pipeline_and_samples_on_the_trained_grid(tm
     if name == "wan":
         args["guidance_scale"] = 1.0
     dense = tiny.run(pipe, args, num_inference_steps=3)
-    pipe.load_lora_weights(result)
+    pipe.load_lora_weights(result, weight_name=WEIGHTS)
     handle = dit_sparse.enable(pipe, result)
 
     def note(_, __, named, output):

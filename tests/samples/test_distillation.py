@@ -12,6 +12,7 @@ from dit_sparse.distill.config import read_config
 from dit_sparse.quality.clips import open_clip
 from dit_sparse.strategy import Strategy
 
+WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers 0.36 demands it offline
 DISTILLATION = Path(__file__).parents[2] / "samples" / "distillation"
 
 
@@ -116,7 +117,7 @@ def test_the_shipped_student_makes_the_clip_that_the_page_counts(root):
     row = next(row for row in told["arms"]["sparse student"]["rows"] if row["right"])
     pipe = run.DiffusionPipeline.from_pretrained(root / "samples" / "wan-tiny")
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(folder))
+    pipe.load_lora_weights(str(folder), weight_name=WEIGHTS)
     handle = pipe.enable_sparse_attention(str(folder))
     assert handle.strategy.rules[0].params == run_params(told["strategy"])
     call = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 4}
