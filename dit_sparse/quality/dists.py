@@ -54,9 +54,9 @@ class Dists(Meter):
     ) -> None:
         self._device = device
         self._layers = [(w.to(device), b.to(device)) for w, b in weights.convolutions]
-        total = alpha.sum() + beta.sum()
+        total = alpha.double().sum() + beta.double().sum()
         self._alpha, self._beta = (
-            (part / total).to(device).split(CHANNELS) for part in (alpha, beta)
+            (part.double() / total).cpu().split(CHANNELS) for part in (alpha, beta)
         )
         self._source = f"{weights.source}; {source}"
         self._values: list[float] = []
@@ -71,10 +71,11 @@ class Dists(Meter):
             x, y = feature[0].flatten(1), feature[1].flatten(1)  # [channels, positions]
             mean_x, mean_y = x.mean(1), y.mean(1)
             texture = (2 * mean_x * mean_y + _EPSILON) / (mean_x**2 + mean_y**2 + _EPSILON)
-            spread = x.var(1, correction=0) + y.var(1, correction=0)
-            shared = (x * y).mean(1) - mean_x * mean_y
-            structure = (2 * shared + _EPSILON) / (spread + _EPSILON)
-            similar += float((alpha * texture + beta * structure).sum())
+            # Centred first: mean(x y) - mean(x) mean(y) cancels, and a clip differs from itself.
+            x, y = x - mean_x[:, None], y - mean_y[:, None]
+            spread = (x * x).mean(1) + (y * y).mean(1)
+            structure = (2 * (x * y).mean(1) + _EPSILON) / (spread + _EPSILON)
+            similar += float(alpha @ texture.cpu().double() + beta @ structure.cpu().double())
         self._values.append(1 - similar)
 
     def finish(self) -> list[Scores]:
