@@ -531,7 +531,7 @@ def test_bench_runs_small_and_writes_its_numbers(tmp_path):
     refused(run("bench", "-o", tmp_path), "not a file name")
     refused(run("bench", "-o", tmp_path / "no" / "x.json"), "not a file name")
     refused(run("bench", "--shape", "8x8"), "shape '8x8' fits 0", "8x32x32x2x64")
-    refused(run("bench", "--shape", "k"), "fits 4")
+    refused(run("bench", "--shape", "k"), "fits 5")
     refused(run("bench", "--method", "best"), "unknown method 'best'")
     cpu = ["bench", "--device", "cpu", "--no-memory", "-o", tmp_path / "b.json"]
     result = run(*cpu, *few, "--shape", "2x16x16x1x32")

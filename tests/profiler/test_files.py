@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_old_strategy_whole(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_measurements_whole(tmp_path, monkeypatch):
     store = Store(tmp_path / "store")
     store.open({"a": 1})
-    store.write_unit(0, {"b": 1})
+    store.write("notes.json", {"b": 1})
     before = {path.name: path.read_bytes() for path in store.folder.iterdir()}
     plain = Path.open
 
@@ -237,8 +237,8 @@ def test_a_full_disk_leaves_the_old_measurements_whole(tmp_path, monkeypatch):
         return plain(Path("/dev/full"), *args, **more)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(ProfileError, match=r"unit-00000\.json: cannot be written: No space left"):
-        store.write_unit(0, {"b": 2})
+    with pytest.raises(ProfileError, match=r"notes\.json: cannot be written: No space left"):
+        store.write("notes.json", {"b": 2})
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == before
-    assert store.unit(0) == {"b": 1}
+    assert store.read("notes.json") == {"b": 1}
