@@ -32,7 +32,7 @@ def memory():  # (now, peak, of mapped files) in bytes; elsewhere the peak so fa
     return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile"))
 
 random = torch.Generator().manual_seed(0)
-backends = Backends(sys.argv[6] if len(sys.argv) > 6 else None)
+backends = Backends(sys.argv[6] or None)
 for length in (512, int(tokens)):  # the first call loads libraries and makes the canary's check
     shape = Shape("", LatentsGrid(1, 1, length), int(heads), int(head_dim))
     plan = make_plan(shape, 128, density, "random", random)
@@ -59,12 +59,12 @@ def measure_peak_memory(
     ``kernel`` names the CPU kernel; None: the one that would run.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    sizes = (tokens, heads, head_dim, density, threads, *filter(None, [kernel]))
-    done = subprocess.run(  # noqa: S603 (our own script, numbers only)
-        [sys.executable, "-c", SCRIPT, *map(str, sizes)],
+    arguments = (tokens, heads, head_dim, density, threads, kernel or "")
+    done = subprocess.run(  # noqa: S603 (our own script)
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
         check=True,
         capture_output=True,
         text=True,
     )
-    answered, extra_mib = done.stdout.split()
-    return PeakMemory(answered, tokens, heads, head_dim, density, threads, float(extra_mib))
+    name, extra_mib = done.stdout.split()
+    return PeakMemory(name, tokens, heads, head_dim, density, threads, float(extra_mib))

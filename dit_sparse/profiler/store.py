@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.identity import changed
 from dit_sparse.profiler.errors import ProfileError
-from dit_sparse.profiler.shapes import check_shape
+from dit_sparse.profiler.schema import check_schema
 from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Store:
             found = load_json(path, MAX_BYTES)
             if not isinstance(found, dict):
                 raise TypeError(f"wanted a JSON object, got {type(found).__name__}")  # noqa: TRY301
-            check_shape(name, found)
+            check_schema(name, found)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -524,11 +524,10 @@ static void attend_chunk(const Head& head, const Chunk& chunk, int first, Room& 
     adjust<QV>(head.call, chunk, first, tile.count, which, count, room.scores, most);
   }
   UNROLL for (int j = 0; j < QV; j++) {
-    const Vec nothing = splat(0.0f), before = tile.most[j];
-    base[j] = most[j] == splat(MINUS_INF) ? nothing : most[j] * splat(LOG2_E);
-    // From one base to the next: exactly 1 while they are equal. Computed from the score instead,
-    // as a fused multiply-add, the rounding of the base would be in it, once for every chunk.
-    fade[j] = before == splat(MINUS_INF) ? nothing : exp2(tile.base[j] - base[j]);
+    base[j] = most[j] == splat(MINUS_INF) ? splat(0.0f) : most[j] * splat(LOG2_E);
+    // Exactly 1 while the base stays. Computed from the score instead, in a fused multiply-add, it
+    // would hold the rounding of the base, and every chunk would add one more.
+    fade[j] = tile.most[j] == splat(MINUS_INF) ? splat(0.0f) : exp2(tile.base[j] - base[j]);
     tile.most[j] = most[j], tile.base[j] = base[j];
     tile.total[j] *= fade[j];
   }

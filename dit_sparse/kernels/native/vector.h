@@ -82,6 +82,25 @@ INLINE Vec exp2(Vec x) {
   return (Vec)(scaled & (Bits)(x > splat(-100.0f)));
 }
 
+// sum[R][QV vectors] += R numbers, each times QV vectors.
+template <int R, int QV, typename Number>
+INLINE void add_products(Vec (&sum)[R][QV], Number number, const float* vectors) {
+  Vec wide[R <= QV ? R : QV];  // the fewer of the two kinds stay in registers
+  if constexpr (R <= QV) {
+    UNROLL for (int i = 0; i < R; i++) wide[i] = splat(number(i));
+    UNROLL for (int j = 0; j < QV; j++) {
+      const Vec vector = load(vectors + j * WIDTH);
+      UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * vector;
+    }
+  } else {
+    UNROLL for (int j = 0; j < QV; j++) wide[j] = load(vectors + j * WIDTH);
+    UNROLL for (int i = 0; i < R; i++) {
+      const Vec one = splat(number(i));
+      UNROLL for (int j = 0; j < QV; j++) sum[i][j] += one * wide[j];
+    }
+  }
+}
+
 // scores[R][QV vectors] = R keys . queries, over head_dim; queries are [head_dim][QV vectors].
 // Runs of up to RUN products are summed by themselves first: one sum of 128 would round twice as much.
 constexpr int RUN = 64;
@@ -93,22 +112,8 @@ INLINE void multiply_keys(const float* const* keys, const float* queries, int64_
   for (int64_t run = 0; run < runs; run++) {
     const int64_t stop = head_dim * (run + 1) / runs;
     Vec sum[R][QV] = {};
-    for (int64_t e = head_dim * run / runs; e < stop; e++) {
-      Vec wide[R <= QV ? R : QV];  // the fewer of the two kinds stay in registers
-      if constexpr (R <= QV) {
-        UNROLL for (int i = 0; i < R; i++) wide[i] = splat(keys[i][e]);
-        UNROLL for (int j = 0; j < QV; j++) {
-          const Vec query = load(queries + e * N + j * WIDTH);
-          UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * query;
-        }
-      } else {
-        UNROLL for (int j = 0; j < QV; j++) wide[j] = load(queries + e * N + j * WIDTH);
-        UNROLL for (int i = 0; i < R; i++) {
-          const Vec key = splat(keys[i][e]);
-          UNROLL for (int j = 0; j < QV; j++) sum[i][j] += key * wide[j];
-        }
-      }
-    }
+    for (int64_t e = head_dim * run / runs; e < stop; e++)
+      add_products<R, QV>(sum, [&](int i) { return keys[i][e]; }, queries + e * N);
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++) {
       float* const to = scores + i * N + j * WIDTH;
       if (run) sum[i][j] += load(to);
@@ -127,20 +132,7 @@ INLINE void multiply_values(const float* values, const int64_t* which, int count
   Vec sum[R][QV] = {};
   for (int n = 0; n < count; n++) {
     const float* row = values + which[n];
-    Vec wide[R <= QV ? R : QV];
-    if constexpr (R <= QV) {
-      UNROLL for (int i = 0; i < R; i++) wide[i] = splat(row[i]);
-      UNROLL for (int j = 0; j < QV; j++) {
-        const Vec weight = load(weights + n * N + j * WIDTH);
-        UNROLL for (int i = 0; i < R; i++) sum[i][j] += wide[i] * weight;
-      }
-    } else {
-      UNROLL for (int j = 0; j < QV; j++) wide[j] = load(weights + n * N + j * WIDTH);
-      UNROLL for (int i = 0; i < R; i++) {
-        const Vec value = splat(row[i]);
-        UNROLL for (int j = 0; j < QV; j++) sum[i][j] += value * wide[j];
-      }
-    }
+    add_products<R, QV>(sum, [&](int i) { return row[i]; }, weights + n * N);
   }
   UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < QV; j++)
     store(output + i * N + j * WIDTH, load(output + i * N + j * WIDTH) * fade[j] + sum[i][j]);

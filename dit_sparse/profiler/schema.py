@@ -1,48 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The structure of the files in a store: checked once when a file is read."""
+"""The schema of the files in a store: checked once when a file is read."""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Index = Annotated[int, Field(strict=True, ge=0)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Truth = Annotated[bool, Field(strict=True)]
+from dit_sparse.profiler.cost import CostModel
+from dit_sparse.profiler.measure import Measured
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
     """Plain data with known keys; further keys are allowed."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class Exact(BaseModel):
+    """Plain data with these keys and no others."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class About(Part):
     """What every unit of a search has in common."""
 
-    grid: tuple[Count, Count, Count, Index, Truth]
+    grid: tuple[Count, Count, Count, Index, bool]
     num_steps: Count
     layers: Count
     batch: Count
     heads: Count
     head_dim: Count
-
-
-class Result(Part):
-    """What one candidate did on one call; see ``measure.Measured``."""
-
-    candidate: str
-    error: list[Number]
-    doubt: list[Number]
-    recall: list[Number] | None
-    density: list[Number]
-    computed: list[Number]
-    ordered: Truth
-    partial: Number
-    searched: Truth
 
 
 class Call(Part):
@@ -52,8 +46,8 @@ class Call(Part):
     layer: Index
     step: Index
     band: Index
-    power: list[Number]
-    found: list[Result]
+    power: list[float]
+    found: list[Measured]
 
 
 class Unit(Part):
@@ -82,28 +76,11 @@ class Unit(Part):
         return self
 
 
-class Model(Part):
-    """``cost.CostModel``."""
-
-    source: str
-    unit: str
-    heads: Count
-    dense: Number
-    launch: Number
-    head: dict[str, Number]
-    pair: dict[str, Number]
-    order: Number
-    cut: Number
-    planning: dict[str, tuple[Number, Number]]
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Costs(Part):
+class Costs(Exact):
     """Measured times."""
 
-    model: Model
-    agreement: dict[str, Number]
+    model: CostModel
+    agreement: dict[str, float]
     timed_on: str
 
 
@@ -113,17 +90,15 @@ class Chosen(Part):
     choices: list[tuple[str, Index, Index, list[Index]]]
 
 
-class Check(Part):
+class Check(Exact):
     """A finished strategy beside dense."""
 
-    measured_attention_speedup: Number
-    latents_relative_error: Number
-
-    model_config = ConfigDict(extra="forbid")
+    measured_attention_speedup: float
+    latents_relative_error: float
 
 
 _PER_HEAD = ("error", "doubt", "recall", "density", "computed")
-SHAPES: dict[str, type[Part]] = {
+SCHEMAS: dict[str, type[BaseModel]] = {
     r"unit-.*": Unit,
     r"costs\.json": Costs,
     r"chosen-.*": Chosen,
@@ -131,12 +106,12 @@ SHAPES: dict[str, type[Part]] = {
 }
 
 
-def check_shape(name: str, data: dict[str, Any]) -> None:
+def check_schema(name: str, data: dict[str, Any]) -> None:
     """Check what a file of this name holds; ``ValueError`` names the key."""
-    for pattern, shape in SHAPES.items():
+    for pattern, schema in SCHEMAS.items():
         if re.fullmatch(pattern, name):
             try:
-                shape.model_validate(data)
+                schema.model_validate_json(json.dumps(data))  # as JSON, lists may be tuples
             except ValidationError as error:
                 raise ValueError(_first(error)) from None
 
