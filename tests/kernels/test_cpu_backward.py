@@ -124,8 +124,8 @@ def test_error_is_within_twice_that_of_plain_autograd(case, dtype):
 
 
 def test_threads_and_memory_pieces_change_nothing(monkeypatch):
-    layout = BlockLayout.from_lengths(cut(300, 32))
-    mask = torch.rand(1, 4, 10, 10, generator=generator(0)) < 0.5
+    layout = BlockLayout.from_lengths(cut(900, 32))  # rows longer than the least piece, 256 keys
+    mask = torch.rand(1, 4, layout.blocks, layout.blocks, generator=generator(0)) < 0.5
     plan = BlockPlan.from_block_mask(mask, layout, layout)
     tensors = inputs_for(plan, 2, 4, 32, 1, torch.float32)
     whole = gradients(by_backends, tensors, plan, torch.float32, 2)
