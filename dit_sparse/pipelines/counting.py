@@ -127,14 +127,14 @@ class Attended(TorchFunctionMode):
 
 
 class Repeated:
-    """Run one of several layers that are alike, and count it for each of them.
+    """Run one of several identical layers, and count its work for each of them.
 
-    Layers are alike where they print alike (class, submodules and their sizes), hold the same
-    settings, and are called with the same data and with tensors of the same shapes: without data
-    they then compute as much, and return tensors of the same shapes.
+    Two layers are identical if they print the same (class, submodules and their sizes), have the
+    same settings, and are called with the same values and tensor shapes. Without data they do the
+    same work and return tensors of the same shapes.
 
     Args:
-        model: Whose lists of layers are looked through.
+        model: Its layers are those in module lists.
         counter: Counts the operations of the layers that run.
         attended: Notes their attention.
     """
@@ -143,17 +143,17 @@ class Repeated:
         self.counter, self.attended = counter, attended
         self.flops = 0  # of the layers that did not run
         self._seen: dict[Any, tuple[Any, int, list[tuple[int, int, int, int, int]]]] = {}
-        self._held: list[Any] = []  # compared by id, which stays taken
+        self._held: list[Any] = []  # kept alive: an id is unique only while its object lives
         for layers in [each for each in model.modules() if isinstance(each, torch.nn.ModuleList)]:
             for layer in layers:
                 layer.forward = functools.partial(
                     self._run, layer.forward, (repr(layer), _settings(layer))
                 )
 
-    def _run(self, forward: Callable[..., Any], alike: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, forward: Callable[..., Any], layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         leaves, form = tree_flatten((args, kwargs))
         self._held.append(leaves)
-        key = (alike, str(form), tuple(_sort(leaf) for leaf in leaves))
+        key = (layer, str(form), tuple(_signature(leaf) for leaf in leaves))
         if key not in self._seen:
             flops, calls = self.counter.get_total_flops() + self.flops, len(self.attended.calls)
             result = forward(*args, **kwargs)
@@ -167,7 +167,7 @@ class Repeated:
 
 
 def _settings(layer: nn.Module) -> str:
-    """What modules hold besides weights and modules: values, and the classes of the rest."""
+    """Describe all that modules hold but weights and submodules: values, classes of the rest."""
     return repr(
         [
             sorted((k, repr(v if isinstance(v, SETTING) else type(v))) for k, v in held.items())
@@ -176,8 +176,8 @@ def _settings(layer: nn.Module) -> str:
     )
 
 
-def _sort(leaf: Any) -> Any:
-    """Tell values apart by what a layer without data makes of them."""
+def _signature(leaf: Any) -> Any:
+    """Give what a layer without data can see of an argument."""
     if isinstance(leaf, torch.Tensor) and leaf.is_meta:
         return leaf.shape, leaf.dtype
     return (type(leaf), leaf) if isinstance(leaf, SETTING) else id(leaf)

@@ -76,8 +76,8 @@ def sum_up(
         for call in unit["calls"]:
             if (came := [each["candidate"] for each in call["found"]]) != wanted:
                 raise ProfileError(
-                    f"unit {number} has measurements of {', '.join(came)}; this search wants "
-                    f"{', '.join(wanted)}: add --fresh (fresh=True) to measure anew"
+                    f"unit {number} holds measurements of {', '.join(came)}; this search needs "
+                    f"{', '.join(wanted)}: add --fresh (fresh=True) to measure again"
                 )
             calls[call["stage"], call["layer"], call["band"]].append(call)
     of_band = bands.steps(about["num_steps"])

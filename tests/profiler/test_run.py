@@ -298,7 +298,7 @@ def test_units_of_other_candidates_are_refused(wan, tmp_path):
     for call in unit["calls"]:
         call["found"].pop()
     store.write_unit(0, unit)
-    with pytest.raises(ProfileError, match=r"unit 0 has .*this search wants .*--fresh"):
+    with pytest.raises(ProfileError, match=r"unit 0 holds .*this search needs .*--fresh"):
         search(*wan, store=store)
 
 
