@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CRF = 18  # x264's constant quality: 0 is lossless, 18 looks so, 51 is worst
 DIFFERENCE_FULL = 64  # a difference of so many levels of 255 is white
 COLUMNS = 8
+MAX_PIXELS = 2**26  # of a frame that is read: 8192 x 8192; more is a damaged or a hostile header
 # Five points of the colour map "magma": black, violet, red, orange, pale yellow.
 _MAGMA = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))
 _MARGIN, _GAP, _TEXT = 12, 4, 14  # pixels

@@ -6,15 +6,20 @@ each time. Without it few are drawn, in CI always the same.
 """
 
 import os
+import zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
+
+from dit_sparse.video import encode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
@@ -65,3 +70,27 @@ def _seeded():
 def root():
     """Return the root of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def huge_picture(tmp_path):
+    """A PNG of 16 x 16 pixels whose header claims 16,000 x 16,000: 0.7 GiB when decoded."""
+    path = tmp_path / "huge.png"
+    Image.new("RGB", (16, 16)).save(path)
+    path.write_bytes(_claiming(path.read_bytes()))
+    return path
+
+
+@pytest.fixture
+def huge_video(tmp_path):
+    """The same picture as the one frame of a video."""
+    path = tmp_path / "huge.mkv"
+    encode(path, [np.zeros((16, 16, 3), np.uint8)], (16, 16), 1, ["-c:v", "png"])
+    path.write_bytes(_claiming(path.read_bytes()))
+    return path
+
+
+def _claiming(data):
+    at = data.index(b"IHDR")
+    header = data[at : at + 4] + (16_000).to_bytes(4, "big") * 2 + data[at + 12 : at + 17]
+    return data[:at] + header + zlib.crc32(header).to_bytes(4, "big") + data[at + 21 :]

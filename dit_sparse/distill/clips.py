@@ -14,6 +14,7 @@ from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
 from dit_sparse.distill.inputs import encoding_inputs
 from dit_sparse.identity import file_digest, pipeline_identity, text_digest
+from dit_sparse.video import MAX_PIXELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,15 +71,20 @@ def read_frames(path: Path, count: int) -> list[Image.Image]:
     from PIL import Image
 
     if path.suffix.lower() in PICTURES:
-        return [Image.open(path).convert("RGB")]
+        try:
+            return [Image.open(path).convert("RGB")]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            # Pillow says SyntaxError of a broken PNG.
+            raise DistillError(f"{path}: cannot be read as a picture: {error}") from error
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path)]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin"]
+    command += ["-max_pixels", str(MAX_PIXELS), "-i", str(path)]
     command += ["-frames:v", str(count), "-c:v", "ppm", "-f", "image2pipe", "-"]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 (its own ffmpeg)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise DistillError(f"{path}: cannot be read as a video: {said[-1] if said else 'ffmpeg'}")
+        raise DistillError(f"{path}: cannot be read as a video: {said[0] if said else 'ffmpeg'}")
     stream, frames = io.BytesIO(done.stdout), []
     while stream.readline():  # P6, then width and height, then 255, then the pixels
         width, height = map(int, stream.readline().split())

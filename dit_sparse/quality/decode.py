@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_sparse.quality.errors import QualityInputError
+from dit_sparse.video import MAX_PIXELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 TIMEOUT = 1800.0  # seconds for decoding a whole file once
 EXACT_TAG = "dit_sparse exact RGB"  # the comment in files that ``record`` wrote
 EXACT_CODECS = {"ffv1", "rawvideo", "png", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "ppm"}
-_STRICT = ("-xerror", "-err_detect", "explode", "-noautorotate")
-_TELLING = re.compile(r"error|invalid|not found|corrupt", re.IGNORECASE)
+_STRICT = ("-xerror", "-err_detect", "explode", "-noautorotate", "-max_pixels", str(MAX_PIXELS))
+_TELLING = re.compile(r"error|exceeds|invalid|not found|corrupt", re.IGNORECASE)
 _NOISE = re.compile(r"Conversion failed|Terminating thread|Task finished|Error opening input f")
 _STREAM = re.compile(r"Stream #0:\d+.*?: Video: (?P<codec>\w+)(?P<rest>.*)")
 

@@ -76,6 +76,16 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(DistillError, match="cannot be read as a video"):
         read_frames(tmp_path / "bad.mp4", 1)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(DistillError, match="cannot be read as a picture"):
+        read_frames(tmp_path / "bad.png", 1)
+
+
+def test_a_frame_of_gigabytes_is_refused_before_it_is_decoded(huge_picture, huge_video):
+    with pytest.raises(DistillError, match="exceeds specified max pixel count"):
+        read_frames(huge_video, 1)
+    with pytest.raises(DistillError, match=r"cannot be read as a picture: Image size .* exceeds"):
+        read_frames(huge_picture, 1)
 
 
 def finetuner(folder, clips, **changes):

@@ -209,6 +209,11 @@ def test_a_cut_off_file_is_an_error_though_ffmpeg_says_none(faststart, tmp_path)
     refused(path, "cut.mp4: damaged or cut off after ", " whole frames", "copy it again")
 
 
+def test_a_frame_of_gigabytes_is_refused_before_it_is_decoded(huge_picture, huge_video):
+    refused(huge_video, "huge.mkv: damaged or cut off", "16000x16000 exceeds specified max pixel")
+    refused(huge_picture, "huge.png: not a picture that can be read: Image size", "exceeds")
+
+
 def test_a_file_without_its_index(film, tmp_path):
     path = tmp_path / "head.mp4"
     path.write_bytes(film.read_bytes()[:400_000])
