@@ -231,11 +231,15 @@ def test_processors_set_after_compiling_the_whole_model_are_taken_up():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor():
+@pytest.mark.parametrize("whole", [False, True])
+def test_inductor(whole):
     stock, plain = alone("wan")
     pipe, args = build("wan")
     enable(pipe)
-    pipe.transformer.compile(fullgraph=True)
+    if whole:
+        pipe.transformer.compile(fullgraph=True)
+    else:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
     assert torch.allclose(tiny.run(pipe, args), plain, rtol=0, atol=1e-3)
     pipe.disable_sparse_attention()
     assert torch.allclose(tiny.run(pipe, args), stock, rtol=0, atol=1e-3)
