@@ -173,7 +173,8 @@ def test_regional(family, verdict):
             pipe.transformer.compile_repeated_blocks(**options)
         for _ in range(2):
             assert close(tiny.run(pipe, args), plain)
-            assert graphs() == needed
+            traced = graphs()  # compiled first, regions without sparse attention stay as they are
+            assert 0 < traced <= needed if compiled_first else traced == needed
         assert not handle.report().reasons
         if compiled_first:
             pipe.disable_sparse_attention()
