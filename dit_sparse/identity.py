@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dit_sparse._version import __version__
-from dit_sparse.reading import visible
+from dit_sparse.reading import load_json, visible
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "accelerate", "peft", "triton")
 _CHUNK = 2**26  # bytes that leave a GPU at once
@@ -185,7 +185,7 @@ def remember(path: Path, now: Mapping[str, Any], what: str) -> str | None:
         path.write_text(json.dumps(plain(now), indent=1) + "\n", encoding="utf-8")
         return None
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = load_json(path)
     except (OSError, ValueError, RecursionError):
         recorded = None
     why = changed(recorded, now, what)

@@ -64,9 +64,28 @@ def family(request):
     return pipe, args, tiny.run(pipe, args)
 
 
+def graph(pipe):
+    """Fingerprint all that attaching touches: classes, attributes and hooks of every module."""
+    found = {}
+    for stage in ("transformer", "transformer_2"):
+        model = getattr(pipe, stage, None)
+        for path, module in model.named_modules() if model is not None else ():
+            processor = getattr(module, "processor", None)
+            found[stage, path] = (
+                type(module),
+                id(processor),
+                type(processor),
+                frozenset(module.__dict__),
+                len(module._forward_pre_hooks),
+                len(module._forward_hooks),
+            )
+    return found
+
+
 @pytest.mark.parametrize("method", sorted(SPARSE))
 def test_cell(family, method):
     pipe, args, stock = family
+    before = graph(pipe)
     plans, counts, calls, asked = [], {}, set(), []
 
     def watch(call, plan, name):
@@ -85,6 +104,7 @@ def test_cell(family, method):
 
     expected = []
     with sparse_attention(pipe, method, strict=True, **SPARSE[method]) as handle:
+        assert graph(pipe) != before
         if method in ASKS:
             real = getattr(handle.backends, ASKS[method][0])
             setattr(
@@ -102,6 +122,8 @@ def test_cell(family, method):
         if method in STATIC:  # built once for the geometry, for all layers, steps and generations
             assert built
             assert geometry(handle) == built
+    assert graph(pipe) == before
+    assert pipe.sparse_attention is None
     assert torch.equal(tiny.run(pipe, args), stock)
     assert ours.isfinite().all()
     assert not torch.equal(ours, stock)

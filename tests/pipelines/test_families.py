@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family, every method, on real tiny pipelines: equality, restoration, batches, branches."""
+"""Every family, every method, on real tiny pipelines: equality, batches, branches."""
 
 from __future__ import annotations
 
@@ -62,24 +62,6 @@ def rounding(family):
         return distance(tiny.run(pipe, args), stock)
 
 
-def graph(pipe):
-    """Fingerprint all that attaching touches: classes, attributes and hooks of every module."""
-    found = {}
-    for stage in ("transformer", "transformer_2"):
-        model = getattr(pipe, stage, None)
-        for path, module in model.named_modules() if model is not None else ():
-            processor = getattr(module, "processor", None)
-            found[stage, path] = (
-                type(module),
-                id(processor),
-                type(processor),
-                frozenset(module.__dict__),
-                len(module._forward_pre_hooks),
-                len(module._forward_hooks),
-            )
-    return found
-
-
 def distance(one, other):
     """Give the largest difference, relative to the size of the latents."""
     return ((one - other).abs().max() / other.abs().max()).item()
@@ -111,25 +93,6 @@ def test_keeping_everything_equals_the_unmodified_pipeline(family, rounding, met
         assert distance(ours, stock) < max(1e-5, 2 * rounding)
 
 
-@pytest.mark.parametrize("method", sorted(SPARSE))
-def test_detaching_restores_the_pipeline_bit_for_bit(family, method):
-    _, pipe, args, stock = family
-    before = graph(pipe)
-    pipe.enable_sparse_attention(method, strict=True, **SPARSE[method])
-    assert graph(pipe) != before
-    sparse = tiny.run(pipe, args)
-    report = pipe.sparse_attention.report()
-    again = tiny.run(pipe, args)
-    pipe.disable_sparse_attention()
-    assert graph(pipe) == before
-    assert pipe.sparse_attention is None
-    assert sparse.isfinite().all()
-    assert torch.equal(sparse, again)  # deterministic for a seed
-    assert not torch.equal(sparse, stock)
-    assert 0 < report.density < 1
-    assert torch.equal(tiny.run(pipe, args), stock)
-
-
 def test_every_call_is_described(family):
     name, pipe, args, _ = family
     with dit_sparse.sparse_attention(pipe, "radial", **SPARSE["radial"], probe=3) as handle:
@@ -148,9 +111,12 @@ def test_every_call_is_described(family):
     assert all(0 < row["recall"] <= 1 for row in rows)
 
 
-@pytest.mark.parametrize("method", sorted(SPARSE))
-def test_a_batch_of_two_equals_two_singles(family, method):
+@pytest.mark.parametrize("turn", range(4))
+def test_a_batch_of_two_equals_two_singles(family, turn):
+    """Four methods on every family, every method on four families or more."""
     name, pipe, args, _ = family
+    methods = sorted(SPARSE)
+    method = methods[(4 * sorted(tiny.PIPELINES).index(name) + turn) % len(methods)]
     if name == "wan_i2v":  # its pipeline takes one image
         pytest.skip("one image per call")
     double = {
