@@ -257,7 +257,7 @@ class Backends(Planning):
 
     def _faster_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
         """Choose between the CPU's two kernels by a race, once for each dtype and head_dim."""
-        slower = torch_is_faster(query.dtype, query.shape[-1], torch.get_num_threads())
+        slower = torch_is_faster(query.dtype, query.shape[-1])
         name = "cpu" if slower else "native"
         return name, importlib.import_module(KERNELS[name])
 

@@ -17,7 +17,8 @@ from dit_sparse.plan import BlockPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-RACE_TOKENS, RACE_BLOCK, RACE_ROUNDS = 512, 64, 3
+RACE_TOKENS, RACE_BLOCK = 512, 64
+RACE_ROUNDS, RACE_MOST_ROUNDS = 3, 25
 RACE_MARGIN = 1.25
 
 
@@ -52,13 +53,13 @@ def check_kernel(
 
 @cache
 @torch.no_grad()
-def torch_is_faster(dtype: torch.dtype, head_dim: int, threads: int) -> bool:  # noqa: ARG001
+def torch_is_faster(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether torch's CPU kernel clearly beats the native one on this machine.
 
     Times a sparse call of 512 tokens and 2 heads with a quarter of its blocks kept, in some
-    milliseconds; the best of three rounds counts. The answer is remembered for the process, and
-    torch has to win by ``RACE_MARGIN``: the two kernels round differently, so a close race that is
-    decided by chance would make the same generation differ from run to run.
+    milliseconds; the best round counts. The answer is remembered for the process, and torch has to
+    win by ``RACE_MARGIN`` over many rounds: the two kernels round differently, so a race that is
+    decided by what else runs on the machine would make the same generation differ from run to run.
     """
     modules = {"native": native, "cpu": cpu}
     layout = BlockLayout.from_lengths([RACE_BLOCK] * (RACE_TOKENS // RACE_BLOCK))
@@ -69,12 +70,14 @@ def torch_is_faster(dtype: torch.dtype, head_dim: int, threads: int) -> bool:  #
     shape = (1, RACE_TOKENS, 2, head_dim)
     query, key, value = (torch.randn(shape, generator=random).to(dtype) for _ in range(3))
     best = dict.fromkeys(modules, float("inf"))
-    for _ in range(RACE_ROUNDS):
+    for done in range(1, RACE_MOST_ROUNDS + 1):
         for name, module in modules.items():
             start = time.perf_counter()
             module.attend(query, key, value, plan, head_dim**-0.5)
             best[name] = min(best[name], time.perf_counter() - start)
-    return best["cpu"] * RACE_MARGIN < best["native"]
+        if done >= RACE_ROUNDS and best["cpu"] * RACE_MARGIN >= best["native"]:
+            return False
+    return True
 
 
 def compare(
