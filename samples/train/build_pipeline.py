@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from families import FAMILIES, make_family
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModel
 
 
 def take(module: nn.Module, path: Path) -> None:
@@ -17,6 +19,17 @@ def take(module: nn.Module, path: Path) -> None:
         message = f"{path} is missing; train it first"
         raise FileNotFoundError(message)
     module.load_state_dict(torch.load(path)["average"])
+
+
+def restore_names(weights: Path) -> None:
+    """Give CLIP's weights the names that checkpoints on the Hub have.
+
+    transformers from 5.6 on saves them without the prefix and reads both; older versions find
+    none of them then, and draw random ones.
+    """
+    prefix = "text_model."
+    named = {prefix + name.removeprefix(prefix): w for name, w in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -38,6 +51,9 @@ def main() -> None:
     args.pipeline.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.pipeline.parent) as staging:
         pipeline.save_pretrained(staging)
+        for name, part in pipeline.components.items():
+            if isinstance(part, CLIPTextModel):
+                restore_names(Path(staging) / name / "model.safetensors")
         defaults = json.dumps(dict(family.sample_defaults), indent=2)
         (Path(staging) / "sample_defaults.json").write_text(defaults + "\n")
         for source in sorted(Path(staging).rglob("*")):
