@@ -178,7 +178,8 @@ class Root:
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give the arguments of ``forward`` by name."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        # Cut to equal length: the compiler of torch 2.9 cannot trace an uneven zip.
+        return {**dict(zip(self.names[: len(args)], args, strict=False)), **kwargs}
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note grid and timestep of the pass that begins."""
