@@ -80,7 +80,9 @@ def _merge(pipe: Any, one: Lora) -> None:
     if means_a_file(one.source) and not Path(one.source).exists():
         raise UserError(f"--lora {one.source}: no such file or folder")
     try:
-        pipe.load_lora_weights(one.source, adapter_name="merged", use_safetensors=True)
+        pipe.load_lora_weights(
+            one.source, adapter_name="merged", use_safetensors=True, **_file_name(Path(one.source))
+        )
     except Exception as error:  # whatever is wrong here is wrong with what was named
         hint = "; pip install 'dit-sparse[distill]' has it" if "PEFT" in str(error) else ""
         raise UserError(
@@ -91,3 +93,9 @@ def _merge(pipe: Any, one: Lora) -> None:
     pipe.set_adapters("merged", one.scale)
     pipe.fuse_lora(adapter_names=["merged"])
     pipe.unload_lora_weights()
+
+
+def _file_name(source: Path) -> dict[str, str]:
+    """Name the file of a local adapter: offline, diffusers before 0.40 does not look for it."""
+    found = [source] if source.is_file() else list(source.glob("*.safetensors"))
+    return {"weight_name": found[0].name} if len(found) == 1 else {}
