@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers.hooks import group_offloading, layerwise_casting
 
+from tests import tiny
 from tests.composition import switches as do
 from tests.composition.table import FAMILIES, Cannot, Works
 
@@ -184,7 +185,7 @@ FEATURES = {
     ),
     "sea": Feature(
         "SeaCache",
-        do.cached(lambda pipe: do.newer("SeaCacheConfig")(threshold=1e6)),
+        do.cached(lambda pipe: tiny.newer("SeaCacheConfig")(threshold=1e6)),
         families=("wan",),
         **CACHE,
     ),

@@ -9,7 +9,6 @@ import warnings
 import accelerate.hooks
 import diffusers
 import peft
-import pytest
 import torch
 from diffusers.hooks import HookRegistry, group_offloading
 from diffusers.models import attention_dispatch
@@ -248,15 +247,8 @@ def faster(pipe):
     )
 
 
-def newer(name):
-    """Give a class that the oldest diffusers allowed does not have."""
-    if not hasattr(diffusers, name):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
-    return getattr(diffusers, name)
-
-
 def magnitude(pipe):
-    return newer("MagCacheConfig")(
+    return tiny.newer("MagCacheConfig")(
         threshold=10.0,
         max_skip_steps=1,
         retention_ratio=0.2,
