@@ -8,7 +8,6 @@ checkpoints do not know that anything is spread.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +75,6 @@ def read_sharding(accelerator: Any) -> Sharding | None:
 
 def check_sharding(config: Config, pipe: Any, processes: int) -> None:
     """Refuse a run that cannot be spread, before any work."""
-    from torch.distributed.fsdp import fully_shard
-
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise DistillError("FSDP needs torch 2.7 or newer, to leave the adapters whole")
     name = type(pipe).__name__
     if config.lora is None:
         raise DistillError(

@@ -36,7 +36,7 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 def scores(q: Tensor, k: Tensor) -> Tensor:
     """Multiply ``[..., m, d]`` with ``[..., n, d]``: fp32 ``[..., m, n]``, no half in between."""
     k_t = k.transpose(-1, -2)
-    if q.dtype in HALF and q.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):
+    if q.dtype in HALF and q.is_cuda:
         flat = torch.bmm(q.flatten(0, -3), k_t.flatten(0, -3), out_dtype=torch.float32)
         return flat.view(*q.shape[:-1], k.shape[-2])
     work = work_dtype(q.dtype)

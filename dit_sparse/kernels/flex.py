@@ -162,12 +162,9 @@ def _flex(
     from torch.nn.attention import flex_attention as flex
 
     more: dict[str, Any] = {"scale": scale, "kernel_options": options}
-    if hasattr(flex, "AuxRequest"):  # torch 2.9
-        more["return_aux"] = flex.AuxRequest(lse=True)
-        output, aux = flex.flex_attention(q, k, v, score_mod, mask, **more)
-        return output, aux.lse
-    output, lse = flex.flex_attention(q, k, v, score_mod, mask, return_lse=True, **more)
-    return output, lse
+    wanted = flex.AuxRequest(lse=True)
+    output, aux = flex.flex_attention(q, k, v, score_mod, mask, return_aux=wanted, **more)
+    return output, aux.lse
 
 
 @cache

@@ -129,7 +129,7 @@ def _refusal(model: Any, heads: int, config: Any, cp_plan: Any) -> str | None:
             "a context parallel plan of your own, which may put its tokens in any order; leave "
             f"cp_plan out, {_INSTEAD}"
         )
-    if heads % context.ulysses_degree and not getattr(context, "ulysses_anything", False):
+    if heads % context.ulysses_degree and not context.ulysses_anything:
         return (
             f"ulysses_degree={context.ulysses_degree}, which does not divide its {heads} heads; "
             "choose one that does, or add ulysses_anything=True"

@@ -11,7 +11,7 @@ import dit_sparse
 from dit_sparse.distill import source
 from dit_sparse.distill.__main__ import main
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers 0.36 demands it offline
+WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers before 0.40 demands it offline
 
 RUN = """
 task: distill

@@ -14,7 +14,7 @@ from dit_sparse.distill.errors import DistillError
 from tests import tiny
 from tests.distill import setup
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers 0.36 demands it offline
+WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers before 0.40 demands it offline
 
 
 def run(folder, name="wan", **changes):

@@ -23,8 +23,7 @@ from tests.parallel.cases import APART
 
 ULYSSES = ContextParallelConfig(ulysses_degree=2)
 RING = ContextParallelConfig(ring_degree=2)
-UNIFIED = ContextParallelConfig(ulysses_degree=2)
-UNIFIED.ring_degree = 2  # afterwards: the constructor of diffusers 0.36 refuses both
+UNIFIED = ContextParallelConfig(ulysses_degree=2, ring_degree=2)
 PARAMS = {
     "gna": {"window": (1, 3, 3), "tile": (1, 2, 2)},
     "svg": {"density": 0.3, "rows": 8, "block_size": 8},

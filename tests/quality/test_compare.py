@@ -3,6 +3,7 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_json_is_strict_and_every_row_has_a_definition():
     for row in found["metrics"].values():
         assert row["definition"]
     assert found["schema_version"] == 1
-    assert found["settings"]["versions"]["torch"] == torch.__version__
+    assert found["settings"]["versions"]["torch"] == version("torch")
     assert found["dense"]["kind"] == "arrays"
 
 

@@ -12,7 +12,7 @@ from dit_sparse.distill.config import read_config
 from dit_sparse.quality.clips import open_clip
 from dit_sparse.strategy import Strategy
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers 0.36 demands it offline
+WEIGHTS = "pytorch_lora_weights.safetensors"  # named: diffusers before 0.40 demands it offline
 DISTILLATION = Path(__file__).parents[2] / "samples" / "distillation"
 
 
