@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,6 +89,7 @@ def counted(name, **config):
 @pytest.mark.parametrize("name", SIZED)
 def test_the_count_is_that_of_a_real_pass(name, monkeypatch):
     case, family = CASES[name], family_by_name(name)
+    model, seen = make(name, case).requires_grad_(False), set()
     told = counted(name)
     text = 0 if family.text_free else TEXT.get(name, PROMPT)
     grid = told.grid
@@ -99,7 +101,6 @@ def test_the_count_is_that_of_a_real_pass(name, monkeypatch):
     pairs = (case.layers - len(case.bare)) * (video + text) ** 2 + len(case.bare) * video**2
     assert told.attention_flops == 4 * pairs * 2 * head_dim * FRAMES.get(name, 1)
 
-    model, seen = make(name, case).requires_grad_(False), set()
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def watched(query, *args, **kwargs):
@@ -155,6 +156,8 @@ PROMPTS = {
 def test_usual_sizes_are_those_of_the_installed_pipelines():
     found = dict(classes("pipelines"))
     for name in (*FAMILIES, *MODELS):
+        if not hasattr(diffusers, name):
+            continue  # newer than this version
         family = family_by_name(name)
         usual = (family.usual.height, family.usual.width, family.usual.num_frames)
         text = found.get(family.pipelines[0], "") if family.pipelines else ""
