@@ -30,6 +30,7 @@ from dit_sparse.errors import (
 )
 from dit_sparse.grid import BlockLayout, LatentsGrid
 from dit_sparse.guarantee import Guarantee
+from dit_sparse.methods import register_method
 from dit_sparse.pipelines.install import install as _install
 from dit_sparse.plan import BlockPlan
 from dit_sparse.strategy import Strategy
@@ -53,6 +54,7 @@ __all__ = [
     "disable",
     "enable",
     "profile",
+    "register_method",
     "report",
     "sparse_attention",
 ]

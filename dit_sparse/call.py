@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from dit_sparse.traits import Traits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Hashable
 
     from torch import Tensor
 
@@ -193,21 +194,14 @@ class Ops(Protocol):
         """Put slots back to their tokens, 0 where a token has none."""
 
 
-class Method(Protocol):
+class Method(Traits, Protocol):
     """One published or own way to choose block pairs: a frozen dataclass, its fields the params.
 
     Three moments of a call: ``plan`` before the attention, ``attend`` for it, ``finish`` after
-    it. Only ``plan`` has to be written.
+    it. Only ``plan`` has to be written; what else the method states about itself is in ``Traits``.
     """
 
     __slots__ = ()
-
-    summary: ClassVar[str]
-    """One line for ``dit-sparse methods``: what it does and its source."""
-
-    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Params that keep planning below 5 % of dense attention on a CPU; empty where the defaults
-    do so, or where no setting does."""
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose; None: dense (the model's own kernel runs, ``finish`` is not called)."""
@@ -229,6 +223,15 @@ class Method(Protocol):
     ) -> Tensor:
         """Compensate for what was dropped, or remember what was seen; returns the output."""
         return output
+
+    @property
+    def inner(self) -> Method | None:
+        """The static method whose plan this one computes between its dense refreshes."""
+        return None
+
+    def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Method:  # noqa: ARG002
+        """Fit the params to another grid."""
+        return self
 
 
 def overrides_attend(method: Method, plan: BlockPlan) -> bool:

@@ -254,12 +254,10 @@ def forecast_method(
     exact = not reads_content
     if exact:
         density = _count(method, size, num_steps)
-    elif isinstance(kept := getattr(method, "density", None), float):
+    elif (kept := method.asked_density) is not None:
         video, text = size.grid.video_tokens, size.grid.text_length
         pairs = kept * video**2 + 2 * video * text + text**2
         density = pairs / size.grid.tokens**2
-        if getattr(method, "select", "top_k") != "top_k":
-            density = None
     return MethodForecast(name, density, exact, state, shared)
 
 

@@ -173,8 +173,7 @@ def _no_shape(*_: Any) -> tuple[int, int, int, int]:
 
 def _names_heads(rule: Rule) -> bool:
     """Say whether a rule means single heads, by its own list or by its method's."""
-    params = (rule.params, rule.params.get("mask_params") or {})
-    return rule.heads != "all" or any(isinstance(p.get("patterns"), list) for p in params)
+    return rule.heads != "all" or rule.instance.names_heads
 
 
 def _dense(scale: float | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -19,7 +19,7 @@ from dit_sparse.forecast import (
     forecast_method,
 )
 from dit_sparse.grid import LatentsGrid
-from dit_sparse.methods import METHODS
+from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import build_method, param_names
 from dit_sparse.nbytes import nbytes
 from dit_sparse.pipelines import family_by_name
@@ -27,8 +27,6 @@ from dit_sparse.pipelines.known import known_model
 from dit_sparse.pipelines.size import ModelSize, model_size
 from dit_sparse.strategy import Strategy
 from tests.methods.naive import NaiveOps, make_call, run
-
-FAST = {"svg2": {"query_clusters": 4, "key_clusters": 6}}
 
 
 def size_of(name):
@@ -78,7 +76,7 @@ def test_gain_is_amdahls_law(share, sparse_share, density, efficiency, calls):
 def test_memory_without_data_is_what_is_remembered_with_data(name):
     """The state of a played generation, sizes only, equals that of a real one."""
     params = {"block_size": 8} if "block_size" in param_names(name) else {}
-    method = build_method(name, params | FAST.get(name, {}))
+    method = build_method(name, params)
     size = small_size()
     told = forecast_method(name, method, size, 10)
     state, shared, peak = {}, {}, 0
@@ -100,7 +98,7 @@ def test_memory_without_data_is_what_is_remembered_with_data(name):
         )
         run(method, call, Rounded(ops))
         peak = max(peak, nbytes(state))
-    if name in {"sparsed", "adaspa", "pooled", "xattention", "blade"}:
+    if "lists" in state:
         # On the CPU lists are cut to their longest row; elsewhere that would wait for the device.
         assert told.state_bytes >= peak
     else:
@@ -125,17 +123,15 @@ class Rounded:
         return self.ops.block_mass(*call).float()
 
 
-STATIC = {"radial", "gna", "sparse_vdit", "rettention"}
-
-
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense"}))
 def test_only_what_reads_no_content_is_counted_exactly(name):
-    told = forecast_method(name, build_method(name, FAST.get(name, {})), small_size(), 10)
-    assert told.exact == (name in STATIC)
+    method = build_method(name, {})
+    told = forecast_method(name, method, small_size(), 10)
+    assert told.exact == (method.inner or method).static
     assert told.density is None or 0 < told.density <= 1
 
 
-@pytest.mark.parametrize("name", sorted(STATIC - {"rettention"}))
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if method_class(name).static))
 def test_counted_density_is_that_of_the_plan(name):
     params = {"block_size": 8} if "block_size" in param_names(name) else {}
     method = build_method(name, params)

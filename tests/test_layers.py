@@ -62,7 +62,7 @@ LAYERS = {
     "backends": Layer(("backends", "canary"), ("kernels", "reference")),
     "kernels": Layer(("kernels",), ("plan",)),  # a kernel never sees a model
     "reference": Layer(("kernels.reference",), ("plan",)),  # shares no arithmetic with a kernel
-    "call": Layer(("call",), ("plan",)),
+    "call": Layer(("call", "traits"), ("plan",)),
     "plan": Layer(("plan", "plan_io", "tiles", "nbytes"), ("grid",)),
     "grid": Layer(("grid", "synthetic"), ("base",)),
     "base": Layer(("errors", "prompts", "reading", "_version"), ()),

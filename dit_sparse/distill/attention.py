@@ -3,7 +3,7 @@
 
 The engine declines a call that wants gradients, as only some kernels have them. Here the kernels
 do (``backends.py`` picks one that has a backward pass, or raises), what is chosen is not
-differentiated (a top-k has no gradient), and compensation is done without writing in place.
+differentiated (a top-k has no gradient), and a method compensates without writing in place.
 """
 
 from __future__ import annotations
@@ -15,21 +15,11 @@ import torch
 
 from dit_sparse.apply import SparseAttention
 from dit_sparse.distill.errors import DistillError
-from dit_sparse.methods.blade import Blade
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.compute import Planned
-    from dit_sparse.report import CallRecord
     from dit_sparse.strategy import Strategy
-
-# What they take from step to step is no part of a training step, which is one step alone.
-UNTRAINABLE = {
-    "adaspa": "it chooses by the log-sum-exps of an earlier step",
-    "rettention": "it adds what an earlier step left",
-}
 
 
 class TrainableAttention(SparseAttention):
@@ -67,60 +57,16 @@ class TrainableAttention(SparseAttention):
         with torch.no_grad():  # nothing is computed there but counts of text
             return super()._describe(*args)
 
-    def _finish(self, group: Planned, output: Tensor, lse: Tensor, record: CallRecord) -> Tensor:
-        method = group.method
-        if isinstance(method, Blade) and method.pooled and torch.is_grad_enabled():
-            group = group._replace(method=_Apart(method))
-        return super()._finish(group, output, lse, record)
-
-
-class _Apart:
-    """BLADE's pooled keys, merged into a tensor of their own.
-
-    One softmax over kept and pooled keys (each with + ln n) is the mean of the two results
-    weighted by exp of their log-sum-exps. Both kernels give gradients through output and LSE, so
-    this has the gradient of that one softmax; in fp32, as the LSEs are.
-    """
-
-    def __init__(self, method: Blade) -> None:
-        self.method = method
-
-    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
-        grid = call.grid
-        first, last = grid.video_start, grid.video_start + grid.video_tokens
-        zero = torch.zeros_like(output).detach()
-        held = _Held(ops)
-        # The stock code finds the plan, the order and the pooled keys; held.attend computes.
-        self.method.finish(call, zero, lse.detach(), held)
-        coarse, coarse_lse = held.result
-        share = torch.sigmoid(coarse_lse - lse[..., first:last]).transpose(1, 2)[..., None]
-        fine = output[:, first:last].to(share.dtype)
-        video = torch.lerp(fine, coarse.to(share.dtype), share).to(output.dtype)
-        return torch.cat([output[:, :first], video, output[:, last:]], 1)
-
-
-class _Held:
-    """Operations that remember the one attention they computed."""
-
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
-        self.result: Any = None
-
-    def attend(self, *args: Any) -> tuple[Tensor, Tensor]:
-        output, lse = self._ops.attend(*args)
-        self.result = output, lse
-        return output.detach(), lse.detach()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ops, name)
-
 
 def check_trainable(strategy: Strategy) -> None:
-    """Refuse a strategy whose methods live on what an earlier step left."""
+    """Refuse a strategy whose methods live on what an earlier step left.
+
+    A training step is one step alone.
+    """
     for place, rule in enumerate(strategy.rules):
-        if rule.method in UNTRAINABLE:
+        if rule.instance.untrainable:
             raise DistillError(
                 f"{strategy.name}: rules[{place}]: {rule.method} cannot be trained with: "
-                f"{UNTRAINABLE[rule.method]}; choose a method that plans each step on its own, "
+                f"{rule.instance.untrainable}; choose a method that plans each step on its own, "
                 "such as blade, pooled, radial or sliding windows"
             )

@@ -118,9 +118,9 @@ def forecast(config: Config, device_memory: float = 141e9) -> TrainingForecast:
 
 
 def _pooled_share(strategy: Strategy | None) -> float:
-    """Give what pooled keys add to the density: one key for n (BLADE's ASA_G), at most."""
-    found = [rule.params.get("pooled", 0) for rule in strategy.rules] if strategy else []
-    return max((1 / n for n in found if n), default=0.0)
+    """Give what pooled keys add to the density, at most."""
+    rules = strategy.rules if strategy else ()
+    return max((rule.instance.extra_density for rule in rules), default=0.0)
 
 
 def walk_length(steps: int) -> float:

@@ -8,16 +8,6 @@ from dit_sparse.methods import METHODS
 # Told apart on white and on dark, by most kinds of colour blindness too: hue and lightness change.
 _PALETTE = ("#2457c5", "#e07b00", "#1b9e77", "#c2185b", "#7e57c2", "#6d4c41", "#00a5cf", "#b7a000",
             "#37474f", "#d84315", "#7cb342", "#ad7fa8", "#004d40", "#f06292")  # fmt: skip
-COLOURS = {
-    **dict(
-        zip(
-            (name for name in METHODS if name != "dense"),
-            _PALETTE * (len(METHODS) // len(_PALETTE) + 1),
-            strict=False,
-        )
-    ),
-    "dense": "#d5dae1",
-}
 # From 0 to the end of the scale; "low": less is better.
 RAMPS = {
     "low": [[238, 245, 240], [253, 204, 138], [215, 48, 31]],
@@ -25,6 +15,14 @@ RAMPS = {
     "none": [[240, 244, 250], [107, 174, 214], [8, 69, 148]],
 }
 UNKNOWN = "#c9ced6"
+
+
+def colour_of(method: str) -> str:
+    """Give a method's colour, by its place in the table."""
+    if method == "dense":
+        return "#d5dae1"
+    names = [name for name in METHODS if name != "dense"]
+    return _PALETTE[names.index(method) % len(_PALETTE)]
 
 
 def mixed(ramp: list[list[int]], share: float) -> tuple[int, int, int]:

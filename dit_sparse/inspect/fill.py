@@ -12,6 +12,7 @@ from dit_sparse.inspect.mass import SHARES, attention_mass
 from dit_sparse.inspect.observe import observe_run, observe_static, observe_synthetic
 from dit_sparse.inspect.pictures import kept_picture, map_side, mass_picture, seen_picture
 from dit_sparse.inspect.view import views_of
+from dit_sparse.methods.params import build_method
 from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def draw_choices(
             continue
         views = observe_static(choice.method, choice.params, grid, layout.heads, side)
         if views is not None:
-            mask = "its mask between refreshes, " if "mask_params" in choice.params else ""
+            inner = build_method(choice.method, choice.params).inner
+            mask = "" if inner is None else "its mask between refreshes, "
             choice.why = f"{mask}on {grid} tokens"
         elif made_up or grid.tokens <= SYNTHETIC:
             views = _played(choice, grid)

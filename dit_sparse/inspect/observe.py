@@ -127,13 +127,12 @@ def observe_static(
     Returns:
         One view for each head, or a single one where all heads keep the same.
     """
-    if "mask_params" in params:
-        name, params = str(params["mask"]), params["mask_params"]
     if not counted_density(name, params, grid, heads=heads).exact:
         return None
+    method = build_method(name, params)
     blank = torch.zeros(1, grid.tokens, heads, 1)
     call = AttentionCall(blank, blank, blank, grid, 1.0, heads=tuple(range(heads)))
-    plan = build_method(name, params).plan(call, Backends())
+    plan = (method.inner or method).plan(call, Backends())
     if plan is None:
         return None
     alike = max(plan.kv_num_blocks.shape[1], plan.q.starts.shape[1]) == 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from dit_sparse._version import __version__
-from dit_sparse.inspect.colours import COLOURS, RAMPS
+from dit_sparse.inspect.colours import RAMPS, colour_of
 from dit_sparse.inspect.script import CSS, SCRIPT
 from dit_sparse.quality.report.style import CSS as COMMON
 from dit_sparse.reading import visible
@@ -104,7 +104,7 @@ def data_of(atlas: Atlas) -> dict[str, Any]:
         "kept": atlas.kept,
         "seen": atlas.seen,
         "no_attention": _no_attention(atlas),
-        "colours": {method: COLOURS[method] for method in sorted(methods)},
+        "colours": {method: colour_of(method) for method in sorted(methods)},
         "ramps": RAMPS,
     }
 

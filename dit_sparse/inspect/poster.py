@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.inspect.colours import COLOURS, RAMPS, UNKNOWN, mixed
+from dit_sparse.inspect.colours import RAMPS, UNKNOWN, colour_of, mixed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +80,7 @@ def _panel(
         x, y = corner[0] + head * size, corner[1] + layer * size
         box = (x, y, x + size - 2, y + size - 2)
         if row is None:
-            draw.rectangle(box, fill=COLOURS[atlas.choices[atlas.choice_of[first + i]].method])
+            draw.rectangle(box, fill=colour_of(atlas.choices[atlas.choice_of[first + i]].method))
             continue
         value = row.values[first + i]
         if value is None:
@@ -99,7 +99,7 @@ def _legend(atlas: Atlas, row: Quantity | None) -> list[tuple[Any, str]]:
         for spot, number in enumerate(atlas.choice_of):
             count[atlas.choices[number].method] += lengths[spot // per_band % len(lengths)]
         total = sum(count.values())
-        return [(COLOURS[name], f"{name} {n / total:.1%}") for name, n in count.most_common()]
+        return [(colour_of(name), f"{name} {n / total:.1%}") for name, n in count.most_common()]
     ramp = RAMPS[row.good or "none"]
     told = [
         (mixed(ramp, share), f"{share * row.top:.0%}" if row.share else f"{share * row.top:.3g}")

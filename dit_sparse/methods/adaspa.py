@@ -20,9 +20,12 @@ from dit_sparse.methods.steps import step_at
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.traits import Params
 
 _SCRATCH = 32 * 2**20  # bytes of block mass held at a time; heads are taken in chunks
 _LARGEST = 2**15 - 1
@@ -65,6 +68,12 @@ class AdaSpa(Method):
         "dynamic: the heaviest blocks by exact softmax mass, searched on two steps "
         "(AdaSpa, 2502.21079)"
     )
+    example: ClassVar[Params] = {"density": 0.4, "search_steps": [0.0, 0.5], "block_size": 8}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    at_start: ClassVar[Params] = {"search_steps": [0.0]}
+    alone: ClassVar[Params] = {"recall_threshold": 1.0}  # levels compare the heads of a launch
+    untrainable: ClassVar[str] = "it chooses by the log-sum-exps of an earlier step"
+    stays: ClassVar[str] = "density is a share of blocks, searches are fractions of the run"
 
     density: float = 0.2
     search_steps: tuple[float, ...] = (0.18, 0.58)
@@ -87,6 +96,12 @@ class AdaSpa(Method):
                 f"recall_threshold must lie in [0, 1], got {self.recall_threshold}; try 0.8"
             )
         check_count("block_size", self.block_size, (1, 1024), 64)
+
+    @property
+    def heads_tied(self) -> str:
+        """Head levels compare the heads of a rule."""
+        tied = "it ranks the heads of a rule, and each process ranks its own"
+        return tied if self.recall_threshold < 1 else ""
 
     def searches(self, num_steps: int) -> tuple[int, ...]:
         """Give the steps of a run on which this method searches; may be empty."""

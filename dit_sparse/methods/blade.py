@@ -8,8 +8,7 @@ Video Generation", arXiv:2508.10774. Where paper and released code differ, both 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -30,11 +29,11 @@ from dit_sparse.methods.lists import (
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.traits import Params
 
 _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
 _SEEDS = 2**61  # the draw doubles it, and a generator takes 64 bits
@@ -79,7 +78,13 @@ class Blade(Method):
         "dynamic: Hilbert-ordered blocks by the largest sampled weight, pooled keys on request "
         "(BLADE's ASA and ASA_G, 2508.10774)"
     )
-    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType({"refresh": 4})
+    everything: ClassVar[Params] = {"density": 1.0, "threshold": 1.0}
+    example: ClassVar[Params] = {"density": 0.4, "samples": 4, "pooled": 6, "block_size": 8}
+    cheap_planning: ClassVar[Params] = {"refresh": 4}
+    stays: ClassVar[str] = (
+        "density, floor and threshold are shares; a pooled key stands for as many tokens"
+    )
+    heads_tied: ClassVar[str] = "its random draw goes by a head's place among those of its process"
 
     density: float = 0.17
     threshold: float = 0.95
@@ -106,6 +111,20 @@ class Blade(Method):
         check_seed(self.seed)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
+
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
+        """Lower the floor with the density."""
+        return {"density": density, "floor": min(0.05, density)}
+
+    @property
+    def extra_density(self) -> float:
+        """One pooled key for n keys, at most."""
+        return 1 / self.pooled if self.pooled else 0.0
+
+    def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
+        """Samples are counted in tokens."""
+        return ("as many tokens are drawn of each block, however many blocks there are",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose by sampled maxima along the curve, or reuse the last choice."""
@@ -150,7 +169,12 @@ class Blade(Method):
         return least, most
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
-        """Merge the pooled keys' attention into the video rows (ASA_G)."""
+        """Merge the pooled keys' attention into the video rows (ASA_G).
+
+        One softmax over kept and pooled keys (each with + ln n) is the mean of the two results
+        weighted by exp of their log-sum-exps. Gradients pass through output and LSE, so this has
+        the gradient of that one softmax; in fp32, as the LSEs are.
+        """
         if not self.pooled:
             return output
         grid, device = call.grid, call.query.device
@@ -166,7 +190,10 @@ class Blade(Method):
         coarse, coarse_lse = ops.attend(call.query[:, video], key, value, plan, call.scale)
         share = torch.sigmoid(coarse_lse - lse[..., video]).transpose(1, 2)[..., None]
         fine = output[:, video].to(share.dtype)
-        output[:, video] = torch.lerp(fine, coarse.to(share.dtype), share).to(output.dtype)
+        merged = torch.lerp(fine, coarse.to(share.dtype), share).to(output.dtype)
+        if output.requires_grad:  # it is saved for the backward pass
+            return torch.cat([output[:, : video.start], merged, output[:, video.stop :]], 1)
+        output[:, video] = merged
         return output
 
     def _pooled_plan(self, call: AttentionCall) -> tuple[BlockPlan, BlockLayout]:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, ClassVar
 from dit_sparse.call import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.plan import BlockPlan
+    from dit_sparse.traits import Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,10 @@ class Dense(Method):
     """Keep everything: the model's own attention runs, bit for bit."""
 
     summary: ClassVar[str] = "everything, by the model's own attention"
+    everything: ClassVar[Params] = {}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    stays: ClassVar[str] = "it has no params"
+    keeps_all: ClassVar[bool] = True
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Decline every call."""

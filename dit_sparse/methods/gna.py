@@ -7,12 +7,13 @@ Static: the same for every layer, head and step; made once per geometry.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from math import ceil, floor, prod
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
+from dit_sparse.methods.levels import largest
 from dit_sparse.methods.lists import MAX_COUNT
 from dit_sparse.methods.windows import AxisRule, product_plan
 from dit_sparse.plan import BlockPlan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.grid import LatentsGrid
     from dit_sparse.methods.order import Ordered
+    from dit_sparse.traits import Params
 
     Three = tuple[int, int, int]
 
@@ -61,6 +63,10 @@ class GNA(Method):
     summary: ClassVar[str] = (
         "static window of frames x rows x columns with stride and dilation (GNA, 2504.16922)"
     )
+    static: ClassVar[bool] = True
+    everything: ClassVar[Params] = {"window": [MAX_COUNT] * 3}
+    example: ClassVar[Params] = {"window": [2, 3, 3], "tile": [2, 2, 2]}
+    stays: ClassVar[str] = "stride, dilation and tile are tokens of a block"
 
     window: tuple[int, int, int] = (18, 24, 24)
     stride: tuple[int, int, int] = (1, 1, 1)
@@ -91,6 +97,39 @@ class GNA(Method):
                 "try [4, 4, 8]"
             )
 
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:
+        """Bisect the window, as one share of all sides.
+
+        Blocks are kept whole: cut to the token, the same blocks are computed, with masks on top,
+        and what they leave out is missed (``test_whole_tiles_err_less_for_the_same_blocks``).
+        """
+        tile = (4, 4, 4) if block_size == 64 else (4, 4, 8)
+
+        def params(share: float) -> dict[str, Any]:
+            window = _window(share, grid)
+            stride = tuple(map(min, tile, window))
+            return {"window": window, "stride": stride, "tile": tile, "exact": False}
+
+        return params(largest(lambda share: cls(**params(share)), density, grid, 0, 1))
+
+    @classmethod
+    def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:  # noqa: ARG003
+        """Turn the window, exact to the token."""
+        tile = (1, 8, 8) if grid.frames == 1 else (4, 4, 4)
+        return ({"window": _window(share, grid), "tile": tile},)
+
+    def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> GNA:
+        """Let each extent of the window grow with its axis, in whole strides where it was."""
+        axes = zip(_sides(old), _sides(new), self.window, self.stride, strict=True)
+        frames, rows, columns = (_grown(*axis) for axis in axes)
+        return replace(self, window=(frames, rows, columns))
+
+    @property
+    def block_tokens(self) -> int:
+        """Those of a tile."""
+        return prod(self.tile)
+
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Look up (or build, once per geometry) the plan; leave padded text keys out."""
         grid, device = call.grid, call.query.device
@@ -101,7 +140,7 @@ class GNA(Method):
 
     def fitted(self, grid: LatentsGrid) -> tuple[Three, Three, Three, Three]:
         """Give window, stride, dilation and tile as they are on this grid."""
-        extents = (grid.frames, grid.height, grid.width)
+        extents = _sides(grid)
         dilation = tuple(map(min, self.dilation, extents))
         groups = tuple(n // d for n, d in zip(extents, dilation, strict=True))
         window = tuple(map(min, self.window, groups))
@@ -119,9 +158,8 @@ class GNA(Method):
         return window, stride, dilation, tuple(tile)  # type: ignore[return-value]
 
     def _build(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, Ordered | None]:
-        extents = (grid.frames, grid.height, grid.width)
         window, stride, dilation, tile = self.fitted(grid)
-        rules = tuple(map(AxisRule, extents, window, stride, dilation))
+        rules = tuple(map(AxisRule, _sides(grid), window, stride, dilation))
         block = prod(self.tile)
         found = product_plan(grid, rules, tile, block, exact=self.exact)
         if found is None:
@@ -129,3 +167,25 @@ class GNA(Method):
             return BlockPlan.full(layout, layout).to(device), None
         plan, ordered = found
         return plan.to(device), ordered.to(device)
+
+
+def _sides(grid: LatentsGrid) -> Three:
+    return grid.frames, grid.height, grid.width
+
+
+def _window(share: float, grid: LatentsGrid) -> Three:
+    """Take a share of the grid by the same factor on every axis."""
+    sides = _sides(grid)
+    axes = sum(side > 1 for side in sides) or 1
+    return tuple(max(1, round(side * share ** (1 / axes))) for side in sides)
+
+
+def _grown(old: int, new: int, extent: int, stride: int) -> int:
+    """Scale an extent of the window with its axis."""
+    if old == new:
+        return extent
+    unit = stride if extent % stride == 0 else 1
+    steps = extent * new / old / unit
+    # An axis that was seen whole is seen whole: rounding must not cut its ends off.
+    grown = ceil(steps - 1e-9) if extent >= old else floor(steps + 0.5)
+    return max(stride, grown * unit)

@@ -24,10 +24,13 @@ from dit_sparse.methods.lists import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.plan import BlockPlan
+    from dit_sparse.traits import Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,9 @@ class Pooled(Method):
         "dynamic: the best blocks by mean query and mean key, top-k or top-p "
         "(SpargeAttn's selector, 2502.18137)"
     )
+    example: ClassVar[Params] = {"density": 0.4, "block_size": 8, "refresh": 2}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    stays: ClassVar[str] = "density, top_p and floor are shares"
 
     select: Literal["top_k", "top_p"] = "top_k"
     density: float = 0.5
@@ -73,6 +79,11 @@ class Pooled(Method):
         check_share("floor", self.floor, zero=True, hint=0.0)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
+
+    @property
+    def asked_density(self) -> float | None:
+        """What top-p keeps depends on the content."""
+        return self.density if self.select == "top_k" else None
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose by pooled scores, or reuse the last choice."""

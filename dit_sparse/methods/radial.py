@@ -20,16 +20,20 @@ from dit_sparse.methods.bands import (
     round_to_blocks,
     round_to_tiles,
 )
+from dit_sparse.methods.levels import largest
 from dit_sparse.methods.lists import check_block_size
 from dit_sparse.methods.order import ImageTiles, image_tiles
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.grid import LatentsGrid
+    from dit_sparse.traits import Params
 
 RELEASED_DECIMATION = 128  # fixed in the released code, whatever the block size
 
@@ -65,6 +69,11 @@ class Radial(Method):
     summary: ClassVar[str] = (
         "static window that halves as frames stand further apart (Radial Attention, 2506.19852)"
     )
+    static: ClassVar[bool] = True
+    everything: ClassVar[Params] = {"decay_factor": 1e9}
+    example: ClassVar[Params] = {"decay_factor": 0.3, "block_size": 8}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    stays: ClassVar[str] = "windows are shares of a frame, halved as frames stand further apart"
 
     form: Literal["paper", "released"] = "paper"
     decay_factor: float = 1.0
@@ -81,6 +90,38 @@ class Radial(Method):
                 "1 is the paper's, 0.2 the released code's for Wan 2.1"
             )
         check_block_size(self.block_size)
+
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:
+        """Bisect the logarithm of ``decay_factor``; the first frame for all costs 1 / frames."""
+        sink = density >= 0.5
+        power = largest(
+            lambda x: cls(decay_factor=2**x, block_size=block_size, sink=sink),
+            density,
+            grid,
+            -10,
+            4,
+        )
+        return {"decay_factor": float(f"{2**power:.3g}"), "block_size": block_size, "sink": sink}
+
+    @classmethod
+    def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:  # noqa: ARG003
+        """Turn ``decay_factor`` from 2**-10 to 2**6.
+
+        Band widths are powers of two: on a small grid the density has few values, and the first
+        frame kept for all gives others.
+        """
+        factor = float(2 ** (16 * share - 10))
+        return tuple({"decay_factor": factor, "sink": sink} for sink in (False, True))
+
+    def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:
+        """Windows follow the number of frames, but not below a block."""
+        found = []
+        if old.frames != new.frames:
+            found.append("keeps a smaller share of longer videos, a larger one of shorter")
+        if self.form == "released":
+            found.append("the released form's narrowest window is as many tokens as before")
+        return tuple(found)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Look up (or build, once per geometry) the plan; leave padded text keys out."""

@@ -7,16 +7,17 @@ Reshape", arXiv:2505.22918, written with log-sum-exps so that no score matrix is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
-from dit_sparse.methods import METHODS
+from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.lists import MAX_COUNT, check_count, check_share, identity
-from dit_sparse.methods.params import build_method
+from dit_sparse.methods.params import build_method, params_of
+from dit_sparse.methods.radial import Radial
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.traits import Params
 
-STATIC = ("gna", "radial")  # masks that depend on the geometry alone
 _FULL_BLOCKS = 128  # of the dense plan on refresh steps, where the block size does not matter
 _SCRATCH = 64 * 2**20  # bytes of fp32 outputs held at a time
 
 
-class Params(dict[str, Any]):
+class MaskParams(dict[str, Any]):
     """The mask's params, hashable as a field of a frozen dataclass must be; never changed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -75,6 +77,10 @@ class Rettention(Method):
         "compensation: a static mask rescaled, plus the dropped keys' part as last seen "
         "(Re-ttention, 2505.22918)"
     )
+    everything: ClassVar[Params] = {"mask_params": {"decay_factor": 1e9}}
+    example: ClassVar[Params] = {"mask_params": Radial.example, "refresh": 3}
+    untrainable: ClassVar[str] = "it adds what an earlier step left"
+    stays: ClassVar[str] = "refresh and ramp count steps"
 
     mask: str = "radial"
     mask_params: dict[str, Any] = field(default_factory=dict)
@@ -86,17 +92,17 @@ class Rettention(Method):
 
     def __post_init__(self) -> None:
         """Check ranges, and the mask's params by the mask itself."""
-        known = [name for name in STATIC if name in METHODS]
-        if self.mask not in known:
+        if self.mask not in METHODS or not method_class(self.mask).static:
+            known = ", ".join(name for name in sorted(METHODS) if method_class(name).static)
             raise StrategyError(
-                f"mask must name a static method ({', '.join(known)}), got {self.mask!r}; a mask "
-                "that changes between refreshes would not fit the residual"
+                f"mask must name a static method ({known}), got {self.mask!r}; a mask that "
+                "changes between refreshes would not fit the residual"
             )
         try:
             build_method(self.mask, self.mask_params)
         except StrategyError as error:
             raise StrategyError(f"mask_params: {error}") from error
-        object.__setattr__(self, "mask_params", Params(self.mask_params))
+        object.__setattr__(self, "mask_params", MaskParams(self.mask_params))
         check_count("refresh", self.refresh, (2, MAX_COUNT), 5)
         check_share("ramp", self.ramp, zero=True, hint=0.04)
         if self.residual_dtype not in {"same", "float32", "bfloat16", "float16"}:
@@ -104,6 +110,47 @@ class Rettention(Method):
                 "residual_dtype must be 'same', 'float32', 'bfloat16' or 'float16', got "
                 f"{self.residual_dtype!r}"
             )
+
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:
+        """Ask the usual mask."""
+        return {"mask_params": Radial.at_density(density, grid, block_size)}
+
+    @classmethod
+    def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:
+        """Turn the usual mask's knobs."""
+        masks = Radial.knobs(share, grid, block_size)
+        return tuple({"mask_params": {**mask, "block_size": block_size}} for mask in masks)
+
+    @property
+    def inner(self) -> Method:
+        """The mask."""
+        return build_method(self.mask, self.mask_params)
+
+    @property
+    def block_tokens(self) -> int:
+        """Those of the mask."""
+        return self.inner.block_tokens
+
+    @property
+    def period(self) -> int:
+        """Steps from one refresh to the next."""
+        return self.refresh
+
+    @property
+    def names_heads(self) -> bool:
+        """Whether the mask does."""
+        return self.inner.names_heads
+
+    def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Rettention:
+        """Fit the mask; params that it keeps stay unsaid if they were."""
+        before, after = (params_of(m) for m in (self.inner, self.inner.rescaled(old, new)))
+        changed = {key: value for key, value in after.items() if value != before[key]}
+        return replace(self, mask_params={**self.mask_params, **changed})
+
+    def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
+        """See the mask."""
+        return ("its mask may keep another share",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Keep all where a refresh is due (None on the last step), else the mask's blocks."""

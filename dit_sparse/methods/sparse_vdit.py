@@ -22,8 +22,11 @@ from dit_sparse.methods.order import patch_major
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dit_sparse.call import AttentionCall, Ops
     from dit_sparse.grid import LatentsGrid
+    from dit_sparse.traits import Params
 
 Pattern = Literal["full", "skip", "diagonal", "multi_diagonal", "vertical_stripe"]
 Spans = tuple[tuple[float, float], ...]
@@ -89,6 +92,15 @@ class SparseVDiT(Method):
     summary: ClassVar[str] = (
         "static: one of five patterns in each head, from full to skip (Sparse-vDiT, 2506.03065)"
     )
+    static: ClassVar[bool] = True
+    everything: ClassVar[Params] = {"patterns": "full"}
+    example: ClassVar[Params] = {"patterns": ["multi_diagonal", "skip"], "block_size": 8}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "default": ("patterns=diagonal", "patterns=multi_diagonal"),
+        "quick": ("patterns=diagonal", "patterns=multi_diagonal"),
+        "sparse-vdit": tuple(f"patterns={pattern}" for pattern in PATTERNS),
+    }
+    stays: ClassVar[str] = "band densities are shares of pairs, stripes fractions of the video"
 
     patterns: Pattern | tuple[Pattern, ...] = "diagonal"
     diagonal_density: float = 0.25
@@ -127,6 +139,33 @@ class SparseVDiT(Method):
                 "at all there is the pattern skip"
             )
         check_block_size(self.block_size)
+
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
+        """Set both bands."""
+        return {"diagonal_density": density, "multi_diagonal_density": density}
+
+    @classmethod
+    def choices(cls, params: Params) -> list[tuple[Params, bool]]:
+        """Try each pattern; a band named alone is tried at several densities."""
+        if not params:
+            return [({"patterns": pattern}, False) for pattern in PATTERNS]
+        return [(params, params in ({"patterns": "diagonal"}, {"patterns": "multi_diagonal"}))]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all heads have the full pattern."""
+        return self.patterns == "full"
+
+    @property
+    def asked_density(self) -> float | None:
+        """Known of "full" and "skip"; the others' follows from the grid."""
+        return {"full": 1.0, "skip": 0.0}.get(str(self.patterns))
+
+    @property
+    def names_heads(self) -> bool:
+        """Whether patterns are listed by head."""
+        return isinstance(self.patterns, tuple)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Join each head's pattern into one plan; leave padded text keys out."""

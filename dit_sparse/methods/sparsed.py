@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.traits import Params
 
 _SLACK = 1e-9
 
@@ -59,6 +60,9 @@ class SparseD(Method):
         "dynamic: the heaviest blocks by exact softmax mass, searched once and reused "
         "(SparseD, 2509.24014)"
     )
+    example: ClassVar[Params] = {"density": 0.4, "search_step": 0.0, "block_size": 8}
+    at_start: ClassVar[Params] = {"search_step": 0.0}
+    stays: ClassVar[str] = "density is a share of blocks, the search a fraction of the run"
 
     density: float = 0.3
     search_step: float = 0.2

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.traits import Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class SVG(Method):
         "dynamic: every head a band along frames or along patches, whichever sampled rows prefer "
         "(SVG, 2502.01776)"
     )
+    example: ClassVar[Params] = {"density": 0.4, "rows": 16, "sink": False, "block_size": 8}
+    stays: ClassVar[str] = "density is a share of pairs; as many rows judge"
 
     density: float = 0.3
     sink: bool = True
@@ -94,6 +98,10 @@ class SVG(Method):
         check_refresh(self.refresh)
         check_seed(self.seed)
         check_block_size(self.block_size)
+
+    def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
+        """Rows are counted in tokens."""
+        return ("as many rows judge more tokens",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Choose each head's band by sampled rows, or reuse the last choice."""

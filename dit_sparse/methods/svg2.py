@@ -8,9 +8,8 @@ Semantic-Aware Permutation", arXiv:2505.18875; compensation by cluster means aft
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dit_sparse.call import Method
 from dit_sparse.errors import StrategyError
@@ -19,6 +18,7 @@ from dit_sparse.methods.clusters import (
     clustered_plan,
     merge_cluster_means,
 )
+from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
     check_block_size,
     check_count,
@@ -30,11 +30,11 @@ from dit_sparse.methods.lists import (
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.traits import Params
 
 _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
 
@@ -90,9 +90,13 @@ class SVG2(Method):
         "dynamic: k-means clusters of queries and keys, chosen by centroid (SVG2, 2505.18875), "
         "cluster means for the rest on request (SVG-EAR, 2603.08982)"
     )
-    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"refresh": 4, "first_iterations": 10}
-    )
+    everything: ClassVar[Params] = {"top_p": 1.0}
+    example: ClassVar[Params] = {
+        "top_p": 0.5, "first_iterations": 5, "compensate": "cluster_mean", "block_size": 8,
+    }  # fmt: skip
+    cheap_planning: ClassVar[Params] = {"refresh": 4, "first_iterations": 10}
+    stays: ClassVar[str] = "top_p and floor are shares"
+    heads_tied: ClassVar[str] = "its random draw goes by a head's place among those of its process"
 
     query_clusters: int = 300
     key_clusters: int = 1000
@@ -120,6 +124,26 @@ class SVG2(Method):
         check_refresh(self.refresh)
         check_seed(self.seed)
         check_block_size(self.block_size)
+
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
+        """Guess ``top_p``; more first iterations gain little."""
+        return {"top_p": threshold_at(density), "first_iterations": 10}
+
+    @classmethod
+    def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:  # noqa: ARG003
+        """Turn ``top_p``."""
+        return ({"top_p": share},)
+
+    def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> SVG2:
+        """Let the clusters grow with the tokens."""
+        grown = new.video_tokens / old.video_tokens
+        q, k = (max(1, round(n * grown)) for n in (self.query_clusters, self.key_clusters))
+        return replace(self, query_clusters=q, key_clusters=k)
+
+    def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
+        """See ``rescaled``."""
+        return ("clusters were counted anew in proportion to the tokens",)
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:
         """Give the query and key clusters that are used for so many video tokens."""

@@ -8,10 +8,10 @@ arXiv:2503.16428, in its non-causal form for video models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dit_sparse.call import Method
+from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
     check_block_size,
     check_count,
@@ -23,12 +23,12 @@ from dit_sparse.methods.lists import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.grid import LatentsGrid
     from dit_sparse.plan import BlockPlan
+    from dit_sparse.traits import Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,10 @@ class XAttention(Method):
         "dynamic: the fewest blocks that hold a share of the antidiagonals' mass "
         "(XAttention, 2503.16428)"
     )
-    cheap_planning: ClassVar[Mapping[str, Any]] = MappingProxyType({"refresh": 4})
+    everything: ClassVar[Params] = {"threshold": 1.0}
+    example: ClassVar[Params] = {"threshold": 0.6, "stride": 4, "block_size": 8}
+    cheap_planning: ClassVar[Params] = {"refresh": 4}
+    stays: ClassVar[str] = "threshold and floor are shares; runs are as long"
 
     threshold: float = 0.9
     stride: int = 8
@@ -76,6 +79,20 @@ class XAttention(Method):
         check_share("floor", self.floor, zero=True, hint=0.0)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
+
+    @classmethod
+    def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
+        """Guess the threshold."""
+        return {"threshold": threshold_at(density)}
+
+    @classmethod
+    def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:  # noqa: ARG003
+        """Turn the threshold."""
+        return ({"threshold": share},)
+
+    def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
+        """Attention spreads over more tokens."""
+        return ("its threshold keeps another share where attention spreads over more tokens",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose by antidiagonal mass, or reuse the last choice."""

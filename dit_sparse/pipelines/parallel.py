@@ -40,12 +40,6 @@ SPLIT: dict[str, tuple[str, frozenset[str]]] = {
     "QwenImageTransformer2DModel": ("transformer_blocks.0", _JOINT),
     "WanTransformer3DModel": ("blocks.0", _VIDEO),
 }
-# Methods whose choice for a head depends on which other heads the process has.
-APART = {
-    "adaspa": "it ranks the heads of a rule, and each process ranks its own",
-    "blade": "its random draw goes by a head's place among those of its process",
-    "svg2": "its random draw goes by a head's place among those of its process",
-}
 _EXCHANGE = "_templated_context_parallel_attention"
 _INSTEAD = "or generate one video a GPU with 'accelerate launch' (docs/several-gpus.md)"
 
@@ -85,11 +79,7 @@ def check(model: Any, heads: int, config: Any, cp_plan: Any = None) -> None:
 
 def remarks(strategy: Any) -> list[str]:
     """Say which rules of a strategy choose otherwise on several processes than on one."""
-    found = {
-        rule.method: APART[rule.method]
-        for rule in strategy.rules
-        if rule.method in APART and getattr(rule.instance, "recall_threshold", 0) < 1
-    }
+    found = {rule.method: tied for rule in strategy.rules if (tied := rule.instance.heads_tied)}
     return [
         f"{strategy.name}: {method} chooses otherwise on several processes than on one: {why}; "
         "each choice is as good, but the results differ by more than rounding"

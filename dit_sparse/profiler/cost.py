@@ -14,7 +14,6 @@ micro-benchmark of the device (``micro.py``) or are assumed; ``source`` says whi
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.9  # (dense time x density) / sparse time, where none was measured
 PLANNING = 0.01  # of a dense call, a dynamic method's planning, where none was measured
 SEARCH = 1.0  # of a dense call, an exact search beside the dense result, where none was measured
-DYNAMIC = {"blade", "pooled", "svg", "svg2", "xattention"}
-SEARCHING = {"adaspa", "rettention", "sparsed"}
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,7 @@ class CostModel:
             pair=dict.fromkeys(blocks, pair),
             order=0.0,
             cut=0.0,
-            planning={
-                c.name: (
-                    SEARCH if c.method in SEARCHING else PLANNING * (c.method in DYNAMIC),
-                    PLANNING * (c.method in DYNAMIC),
-                )
-                for c in candidates
-            },
+            planning={c.name: _assumed_planning(c) for c in candidates},
         )
 
     @classmethod
@@ -144,12 +135,15 @@ class CostModel:
 
 def block_of(candidate: Candidate) -> int:
     """Tokens in the candidate's blocks, at most."""
-    params = candidate.params
-    if "mask_params" in params:
-        return int(params["mask_params"].get("block_size", 128))
-    if "block_size" in params:
-        return int(params["block_size"])
-    return prod(params["tile"])
+    return candidate.instance.block_tokens
+
+
+def _assumed_planning(candidate: Candidate) -> tuple[float, float]:
+    """Plan on a searching step and on every other one, in dense calls."""
+    if candidate.dense_steps(1):
+        return SEARCH, 0.0
+    each = 0.0 if candidate.instance.static else PLANNING
+    return each, each
 
 
 def agreement(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:

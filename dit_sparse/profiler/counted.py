@@ -47,10 +47,8 @@ def counted_density(
         heads: Of the model, for a method that tells them apart; the mean over them is given.
         num_steps: Of the generation, for a method that refreshes.
     """
-    # A list of names in the params is one for each head; else all heads keep the same.
-    apart = any(isinstance(v, list) and v and isinstance(v[0], str) for v in params.values())
     built: Any = build_method(method, params)
-    return _counted(method, built, grid, heads if apart else 1, num_steps)
+    return _counted(method, built, grid, heads if built.names_heads else 1, num_steps)
 
 
 @lru_cache(maxsize=256)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_sparse.forecast import ATTENTION_RATE, EFFICIENCY, OTHER_RATE, forecast_method
+from dit_sparse.methods import method_class
 from dit_sparse.methods.params import build_method
-from dit_sparse.profiler.candidates import AT_BAND_START, LEVELS, block_for
+from dit_sparse.profiler.candidates import LEVELS, block_for
 from dit_sparse.profiler.cost import SEARCH
 
 if TYPE_CHECKING:
@@ -119,11 +120,7 @@ def _state(how: Measuring, size: ModelSize, num_steps: int, batch: int) -> dict[
     """Play each method by its default params on tensors without data."""
     found: Counter[str] = Counter()
     for name, count in Counter(want.method for want in how.wanted).items():
-        params: dict[str, Any] = {}
-        if name in AT_BAND_START:
-            key, value = AT_BAND_START[name]
-            params[key] = value
-        method = build_method(name, params)
+        method = build_method(name, method_class(name).at_start)
         one = forecast_method(name, method, size, num_steps, batch).state_bytes
         found[name] = one * count * size.layers
     return dict(found)
@@ -135,23 +132,22 @@ def _calls(how: Measuring, size: ModelSize, efficiency: float) -> tuple[float, f
     tokens = size.grid.tokens
     share = 1.0 if rows is None else min(1.0, rows * block_for(size.grid) / tokens)
     first = later = 1.0
-    if any(want.method in AT_BAND_START for want in how.wanted):
+    methods = [build_method(want.method, want.params) for want in how.wanted]
+    if any(method.at_start for method in methods):
         first += SEARCH
-    for want in how.wanted:
+    for want, method in zip(how.wanted, methods, strict=True):
         attend = _density(want) / efficiency
         later += share * attend + OWN
-        if want.method == "rettention":
+        if method.period is not None:
             first += attend + OWN  # its mask on all rows, beside the dense result
         else:
-            first += (0.0 if want.method in AT_BAND_START else share * attend) + OWN
+            first += (0.0 if method.at_start else share * attend) + OWN
     return first, later
 
 
 def _density(want: Wanted) -> float:
-    """Guess what a candidate keeps: as its name says."""
+    """Guess what a candidate keeps: its level, or what its params ask for."""
     if want.level is not None:
         return want.level
-    if "patterns" in want.params:
-        return {"full": 1.0, "skip": 0.0}.get(str(want.params["patterns"]), UNKNOWN)
-    found = want.params.get("density", UNKNOWN)
-    return float(found) if isinstance(found, int | float) else UNKNOWN
+    asked = build_method(want.method, want.params).asked_density
+    return UNKNOWN if asked is None else asked

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fit a strategy to another resolution or length, and say what is extrapolated.
 
-Most params are shares of the grid (densities, stripes, Radial's windows) or of the softmax
-(thresholds), and stay. GNA's windows are tokens: they grow with their axis, in whole strides where
-they were whole strides, and an axis that was seen whole stays whole. Cluster counts grow with the
-tokens. A static mask inside another method (Re-ttention's) is fitted as the mask itself.
+Most params are shares of the grid (densities, stripes, windows within a frame) or of the softmax
+(thresholds), and stay; those that are counted in tokens grow with the grid: each method knows its
+own (``Method.rescaled``). A static mask inside another method is fitted as the mask itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from math import ceil, floor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dit_sparse.methods.params import build_method, params_of
+from dit_sparse.errors import StrategyError
+from dit_sparse.grid import LatentsGrid
+from dit_sparse.methods import method_class
+from dit_sparse.methods.params import params_of
 from dit_sparse.profiler.candidates import BLOCK, SMALL_BLOCK, block_for
 from dit_sparse.profiler.counted import counted_density, grid_of
 from dit_sparse.profiler.difference import words
@@ -22,37 +23,8 @@ from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.strategy import Grid, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dit_sparse.call import Method
-    from dit_sparse.grid import LatentsGrid
 
-    Sides = tuple[tuple[int, int], ...]  # (old, new) of frames, height, width
-
-# Why a method's params stay as they are.
-STAYS = {
-    "adaspa": "density is a share of blocks, searches are fractions of the run",
-    "blade": "density, floor and threshold are shares; a pooled key stands for as many tokens",
-    "dense": "it has no params",
-    "gna": "stride, dilation and tile are tokens of a block",
-    "pooled": "density, top_p and floor are shares",
-    "radial": "windows are shares of a frame, halved as frames stand further apart",
-    "rettention": "refresh and ramp count steps",
-    "sparse_vdit": "band densities are shares of pairs, stripes fractions of the video",
-    "sparsed": "density is a share of blocks, the search a fraction of the run",
-    "svg": "density is a share of pairs; as many rows judge",
-    "svg2": "top_p and floor are shares",
-    "xattention": "threshold and floor are shares; runs are as long",
-}
-# What a method keeps of a larger grid at the same params, for the warnings.
-DRIFTS = {
-    "blade": "as many tokens are drawn of each block, however many blocks there are",
-    "radial": "keeps a smaller share of longer videos, a larger one of shorter",
-    "rettention": "its mask may keep another share",
-    "svg": "as many rows judge more tokens",
-    "svg2": "clusters were counted anew in proportion to the tokens",
-    "xattention": "its threshold keeps another share where attention spreads over more tokens",
-}
 DRIFT = 0.02  # densities that differ by more are told
 COUNTED = 16  # static choices whose density is counted at most: a large grid takes seconds each
 
@@ -97,17 +69,17 @@ def refit(strategy: Strategy, grid: LatentsGrid, *, count: bool = False) -> Reti
     new = Grid(frames=grid.frames, height=grid.height, width=grid.width, text=grid.text_length)
     if new == old:
         return Retiled(strategy)
-    sides = ((old.frames, new.frames), (old.height, new.height), (old.width, new.width))
+    before = LatentsGrid(old.frames, old.height, old.width, old.text)
     data = strategy.to_dict()
     changed: Counter[str] = Counter()
-    for rule in data["rules"]:
-        params, told = _scaled(rule["method"], rule["params"], sides)
-        rule["params"] = params
-        changed.update(f"{rule['method']}: {line}" for line in told)
-    tokens = 1.0
-    for a, b in sides:
-        tokens *= b / a
-    size, was = "x".join(str(b) for _, b in sides), "x".join(str(a) for a, _ in sides)
+    told: dict[str, list[str]] = {}
+    for place, rule in enumerate(strategy.rules):
+        fitted = _fitted(strategy, place, before, grid)
+        data["rules"][place]["params"] = params_of(fitted)
+        changed.update(f"{rule.method}: {line}" for line in _changes(rule.instance, fitted))
+        told.setdefault(rule.method, []).extend(rule.instance.drifts(before, grid))
+    grown = grid.video_tokens / before.video_tokens
+    size, was = (f"{g.frames}x{g.height}x{g.width}" for g in (new, old))
     if new.text != old.text:
         size, was = f"{size}+{new.text}", f"{was}+{old.text}"
     note = f"re-tiled from {was} to {size} tokens, not measured there"
@@ -120,66 +92,33 @@ def refit(strategy: Strategy, grid: LatentsGrid, *, count: bool = False) -> Reti
     data["grid"] = new.model_dump()
     made = Strategy.from_dict(data, strategy.name)
     methods = sorted({rule.method for rule in strategy.rules})
-    grown = f"{tokens:.2g} times the video tokens"
-    warnings = [f"{strategy.name}: {note}: error, density and speed are extrapolated ({grown})"]
-    warnings += [
-        f"{method}: {DRIFTS[method]}"
-        for method in methods
-        if method in DRIFTS and (method != "radial" or old.frames != new.frames)
-    ]
-    if any(rule.params.get("form") == "released" for rule in strategy.rules):
-        warnings.append("radial: the released form's narrowest window is as many tokens as before")
+    far = f"{grown:.2g} times the video tokens"
+    warnings = [f"{strategy.name}: {note}: error, density and speed are extrapolated ({far})"]
+    warnings += [f"{method}: {line}" for method in methods for line in dict.fromkeys(told[method])]
     warnings += _blocks(made, grid)
     if count:
         warnings += _drifts(strategy, made)
     return Retiled(
         made,
         tuple(f"{line} ({n} rule{'s' * (n > 1)})" for line, n in sorted(changed.items())),
-        tuple(f"{method}: {STAYS[method]}" for method in methods if method in STAYS),
+        tuple(f"{method}: {method_class(method).stays}" for method in methods),
         tuple(warnings),
     )
 
 
-def _scaled(
-    method: str, params: dict[str, Any], sides: Sides
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Scale what is counted in tokens or clusters; give the params and what was changed."""
-    if "mask_params" in params:  # of a method that has a static one inside
-        inner = str(params["mask"])
-        whole = params_of(build_method(inner, params["mask_params"]))
-        scaled, told = _scaled(inner, whole, sides)
-        new = {key: value for key, value in scaled.items() if value != whole[key]}
-        mask = {**params["mask_params"], **new}
-        return {**params, "mask_params": mask}, tuple(f"mask {line}" for line in told)
-    changed: dict[str, Any] = {}
-    if method == "gna":
-        changed = {"window": _window(params["window"], params["stride"], sides)}
-    if method == "svg2":
-        tokens = 1.0
-        for old, new_side in sides:
-            tokens *= new_side / old
-        changed = {
-            key: max(1, round(params[key] * tokens)) for key in ("query_clusters", "key_clusters")
-        }
-    told = tuple(
-        f"{key} {params[key]} -> {value}" for key, value in changed.items() if value != params[key]
-    )
-    return {**params, **changed}, told
+def _fitted(strategy: Strategy, place: int, old: LatentsGrid, new: LatentsGrid) -> Method:
+    try:
+        return strategy.rules[place].instance.rescaled(old, new)
+    except StrategyError as error:
+        raise StrategyError(f"{strategy.name}: rules[{place}].params: {error}") from error
 
 
-def _window(window: Sequence[int], stride: Sequence[int], sides: Sides) -> list[int]:
-    """Let each extent grow with its axis."""
-    found = []
-    for extent, step, (old, new) in zip(window, stride, sides, strict=True):
-        if old == new:
-            found.append(extent)
-            continue
-        unit = step if extent % step == 0 else 1
-        steps = extent * new / old / unit
-        # An axis that was seen whole is seen whole: rounding must not cut its ends off.
-        grown = ceil(steps - 1e-9) if extent >= old else floor(steps + 0.5)
-        found.append(max(step, grown * unit))
-    return found
+def _changes(old: Method, new: Method) -> list[str]:
+    """List the params that differ; of a method with a static one inside, those of that one."""
+    if old.inner is not None and new.inner is not None:
+        return [f"mask {line}" for line in _changes(old.inner, new.inner)]
+    before, after = params_of(old), params_of(new)
+    return [f"{key} {before[key]} -> {after[key]}" for key in after if after[key] != before[key]]
 
 
 def _blocks(strategy: Strategy, grid: LatentsGrid) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.grid import LatentsGrid
+from dit_sparse.methods.params import build_method
 from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.capture import Bands
 from dit_sparse.profiler.cost import CostModel
@@ -60,7 +61,7 @@ class Stored:
 
     def column(self, method: str, params: dict[str, Any]) -> int | None:
         """Find the column of a choice; None: it was not measured."""
-        if method == "dense" or params.get("patterns") == "full":
+        if build_method(method, params).keeps_all:
             return 0
         for column, candidate in enumerate(self.candidates, 1):
             if (candidate.method, candidate.params) == (method, params):

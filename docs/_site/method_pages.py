@@ -29,15 +29,8 @@ from dit_sparse.strategy import Strategy, shipped_names
 if TYPE_CHECKING:
     from pathlib import Path
 
-GRID = LatentsGrid(5, 16, 24)  # small, as every build draws all methods anew
+GRID = LatentsGrid(6, 8, 12)  # small, as every build draws all methods anew
 LAYER, STEP, STEPS = 1, 4, 8  # behind every method's search
-# Params of the pictures, where a default is for large grids alone, or shows one kind of many.
-PICTURED: dict[str, dict[str, Any]] = {
-    "gna": {"window": [3, 7, 9], "tile": [1, 4, 8]},
-    "radial": {"decay_factor": 0.2, "block_size": 32},
-    "rettention": {"mask_params": {"decay_factor": 0.2, "block_size": 32}},
-    "sparse_vdit": {"patterns": ["diagonal", "multi_diagonal"], "block_size": 32},
-}
 
 
 def generated(name: str, data: Path) -> str:
@@ -80,18 +73,12 @@ def params_table(name: str) -> str:
     return table(("param", "type", "default", "meaning, range"), rows)
 
 
-def pictured(name: str) -> dict[str, Any]:
-    """Give the params of a method's picture, those that are not its defaults."""
-    known = {field.name for field in fields(method_class(name))}  # type: ignore[arg-type]
-    return PICTURED.get(name) or ({"block_size": 32} if "block_size" in known else {})
-
-
 def picture(name: str, grid: LatentsGrid = GRID) -> bytes | None:
     """Draw what heads keep, from a real plan; None where it is everything.
 
     Methods that read the content get made-up queries and keys, whose scores fall with distance.
     """
-    strategy = Strategy.single(name, **pictured(name))
+    strategy = Strategy.single(name, **method_class(name).example)
     views = observe_static(name, strategy.rules[0].params, grid, 2)
     note = "by geometry alone"
     if views is None:
@@ -103,7 +90,7 @@ def picture(name: str, grid: LatentsGrid = GRID) -> bytes | None:
     views = [view for view in views if view.method != "dense"]
     if not views:
         return None
-    params = ", ".join(f"{key}={value}" for key, value in pictured(name).items())
+    params = ", ".join(f"{key}={value}" for key, value in method_class(name).example.items())
     file = BytesIO()
     title = f"{name}({params}) on {grid} tokens"
     draw_views(views, grid, title, note).save(file, "PNG", optimize=True)

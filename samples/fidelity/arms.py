@@ -15,8 +15,9 @@ from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
+from composition import PER_HEAD
 from diffusers import DiffusionPipeline
-from knobs import KNOBS, record, tuned
+from knobs import record, tuned
 
 from dit_sparse.profiler import Bands, Store, Wish, profile
 from dit_sparse.profiler.build import figures, rules_of
@@ -85,14 +86,14 @@ class Maker:
         """Make one.
 
         Args:
-            method: Of `KNOBS`, or "sparse_vdit" (its own rule per head), or "mixed" (the
-                profiler's search over all methods).
+            method: A method's name ("sparse_vdit" by its authors' rule per head), or "mixed"
+                (the profiler's search over all methods).
             density: To be had, of all pairs.
 
         Returns:
             The strategy, and the density it is predicted to have.
         """
-        if method in KNOBS:
+        if method not in PER_HEAD:
             return tuned(method, density, self.calls)
         found = profile(
             self.pipe,

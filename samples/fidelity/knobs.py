@@ -4,70 +4,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.backends import Backends
 from dit_sparse.inspect.observe import observe_run
-from dit_sparse.methods.params import build_method, params_of
+from dit_sparse.methods import method_class
+from dit_sparse.methods.params import build_method, param_names, params_of
 from dit_sparse.profiler.candidates import Candidate, block_for
 from dit_sparse.profiler.capture import call_of
 from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from dit_sparse.call import AttentionCall
+    from dit_sparse.grid import LatentsGrid
     from dit_sparse.plan import BlockPlan
-
-    Knob = Callable[[float, "AttentionCall"], dict[str, Any]]  # in [0, 1]; more keeps more
 
 BISECTIONS = 9
 NEAR = 0.01  # of density: no other way to set the knob is tried
 
 
-def _window(share: float, call: AttentionCall) -> dict[str, Any]:
-    """Scale GNA's window on all axes alike, exact to the token."""
-    sides = (call.grid.frames, call.grid.height, call.grid.width)
-    axes = sum(side > 1 for side in sides) or 1
-    window = [max(1, round(side * share ** (1 / axes))) for side in sides]
-    tile = [1, 8, 8] if call.grid.frames == 1 else [4, 4, 4]
-    return {"window": window, "stride": [1, 1, 1], "tile": tile}
-
-
-def _mask(knob: float, call: AttentionCall, *, sink: bool) -> dict[str, Any]:
-    """Scale Radial's decay factor from 2**-10 to 2**6."""
-    block = block_for(call.grid)
-    return {"decay_factor": float(2 ** (16 * knob - 10)), "sink": sink, "block_size": block}
-
-
-def _blocks(name: str, **rest: Any) -> Knob:
-    """Make the knob of a method whose param ``name`` is a share."""
-    return lambda x, call: {name: x, "block_size": block_for(call.grid), **rest}
-
-
-def _blade(knob: float, call: AttentionCall) -> dict[str, Any]:
-    floor = min(0.05, knob)
-    return {"density": knob, "floor": floor, "block_size": block_for(call.grid)}
-
-
-# Radial's band widths are powers of two: on a small grid its density has few values, and the first
-# frame kept for all gives others.
-KNOBS: dict[str, tuple[Knob, ...]] = {
-    "adaspa": (_blocks("density", search_steps=[0.0]),),
-    "blade": (_blade,),
-    "gna": (_window,),
-    "pooled": (_blocks("density"),),
-    "radial": (partial(_mask, sink=False), partial(_mask, sink=True)),
-    "rettention": tuple(
-        lambda x, call, sink=sink: {"mask_params": _mask(x, call, sink=sink)}
-        for sink in (False, True)
-    ),
-    "sparsed": (_blocks("density", search_step=0.0),),
-    "svg": (_blocks("density"),),
-    "svg2": (_blocks("top_p"),),
-    "xattention": (_blocks("threshold"),),
-}
+def ways(method: str, share: float, grid: LatentsGrid) -> list[dict[str, Any]]:
+    """Give the params of each of a method's knobs at a setting in (0, 1]; more keeps more."""
+    cls, block = method_class(method), block_for(grid)
+    size = {"block_size": block} if "block_size" in param_names(method) else {}
+    return [{**size, **cls.at_start, **params} for params in cls.knobs(share, grid, block)]
 
 
 def record(pipe: Any, arguments: dict[str, Any], seed: int) -> list[AttentionCall]:
@@ -117,11 +79,12 @@ def tuned(method: str, density: float, calls: Sequence[AttentionCall]) -> tuple[
         The strategy, and the density it is predicted to have.
     """
     best: tuple[float, dict[str, Any], float] = (float("inf"), {}, 1.0)
-    for knob in KNOBS[method]:
+    grid = calls[0].grid
+    for way in range(len(ways(method, 1.0, grid))):
         low, high = 0.0, 1.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            params = knob(float(f"{middle:.4g}"), calls[0])
+            params = ways(method, float(f"{middle:.4g}"), grid)[way]
             found = density_of(method, params, calls)
             if abs(found - density) < best[0]:
                 best = abs(found - density), params, found

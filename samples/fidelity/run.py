@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import KNOBS, TOLERANCE, Maker, overall
+from arms import TOLERANCE, Maker, overall
 from composition import compositions
 from models import MODELS
 from strip import draw_strip
 
 from dit_sparse.cli.source import SampleDefaults, Settings
 from dit_sparse.identity import pipeline_identity, remember, versions
+from dit_sparse.methods import METHODS
 from dit_sparse.strategy_io import write_text
 
 HERE = Path(__file__).parent
@@ -51,7 +52,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder, such as samples/wan-tiny")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for clips")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.125])
-    parser.add_argument("--methods", nargs="+", default=[*sorted(KNOBS), "sparse_vdit", "mixed"])
+    every = [*sorted(set(METHODS) - {"dense"}), "mixed"]
+    parser.add_argument("--methods", nargs="+", default=every)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
     parser.add_argument("--calibration", type=int, default=2, help="prompts to tune and search on")

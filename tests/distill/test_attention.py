@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from dit_sparse.backends import Backends
 from dit_sparse.call import AttentionCall
-from dit_sparse.distill.attention import TrainableAttention, _Apart, check_trainable
+from dit_sparse.distill.attention import TrainableAttention, check_trainable
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.errors import GeometryError
 from dit_sparse.grid import LatentsGrid
 from dit_sparse.kernels import reference
+from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.gilbert import gilbert_order
 from dit_sparse.strategy import Strategy
@@ -63,7 +64,7 @@ def test_blade_with_pooled_keys_has_the_gradient_of_one_softmax(pooled, text, dt
     call = AttentionCall(*leaves, grid, SCALE, heads=(0, 1))
     plan = method.plan(call, ops)
     output, lse = ops.attend(*leaves, plan, SCALE)
-    found = _Apart(method).finish(call, output, lse, ops)
+    found = method.finish(call, output, lse, ops)
     got = torch.autograd.grad((found.double() * into).sum(), leaves)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     wanted = one_softmax(*exact, plan, grid, pooled, gilbert_order(grid))
@@ -164,7 +165,7 @@ class _Wrong:
         return LatentsGrid(1, 1, 1)
 
 
-@pytest.mark.parametrize("method", ["adaspa", "rettention"])
+@pytest.mark.parametrize("method", [n for n in METHODS if method_class(n).untrainable])
 def test_methods_that_live_on_earlier_steps_are_refused(method):
     with pytest.raises(DistillError, match=rf"rules\[0\]: {method} cannot be trained"):
         check_trainable(Strategy.single(method))

@@ -109,7 +109,7 @@ def test_pictures_show_the_plan(site, name):
     left = int(np.argmax(border[top])) + 1
     square = pixels[top : top + MAP, left : left + MAP]
     share = (square - DROPPED)[..., 0] / (KEPT[0] - DROPPED[0])
-    strategy = {"name": name, "params": site["method_pages"].pictured(name)}
+    strategy = {"name": name, "params": dict(method_class(name).example)}
     assert abs(share.mean() - density(strategy, grid)) < 0.01
     assert site["method_pages"].picture("dense", grid) is None
 

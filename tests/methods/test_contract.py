@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.backends import Backends
 from dit_sparse.errors import StrategyError
 from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods import METHODS, method_class
@@ -20,21 +21,6 @@ from dit_sparse.schedule import Schedule
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
 from tests.strategies import latents_grids, seeds, valid_text_lengths
 
-# Params under which a method keeps everything, and must then equal dense attention.
-KEEP_EVERYTHING = {
-    "adaspa": {"density": 1.0},
-    "blade": {"density": 1.0, "threshold": 1.0},
-    "dense": {},
-    "gna": {"window": [99, 99, 99]},
-    "pooled": {"density": 1.0},
-    "radial": {"form": "paper", "decay_factor": 1e9},
-    "rettention": {"mask_params": {"decay_factor": 1e9}},
-    "sparse_vdit": {"patterns": "full"},
-    "sparsed": {"density": 1.0},
-    "svg": {"density": 1.0},
-    "svg2": {"top_p": 1.0},
-    "xattention": {"threshold": 1.0},
-}
 NUM_STEPS = 6
 names = st.sampled_from(sorted(METHODS))
 
@@ -78,13 +64,9 @@ def living(call):
     return mask[:, None, None]
 
 
-def test_every_method_says_how_it_keeps_everything():
-    assert set(KEEP_EVERYTHING) == set(METHODS), "add the new method's params to KEEP_EVERYTHING"
-
-
 @given(names, generations())
 def test_keeping_everything_is_dense(name, calls):
-    method = build_method(name, smallest(name) | KEEP_EVERYTHING[name])
+    method = build_method(name, smallest(name) | method_class(name).everything)
     ops = NaiveOps()
     for call in calls:
         plan, output = run(method, call, ops)
@@ -145,6 +127,38 @@ def test_cheap_planning_is_a_valid_choice(name):
     assert params_of(build_method(name, params)).items() >= params.items()
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense"}))
+def test_the_example_drops_blocks(name):
+    method, state = build_method(name, method_class(name).example), {}
+    kept = []
+    for step in range(NUM_STEPS):
+        call = make_call(LatentsGrid(6, 8, 6), step, step=step, num_steps=NUM_STEPS, state=state)
+        kept.append(float(run(method, call, Backends("reference"))[0].density().mean()))
+    assert min(kept) < 0.9
+
+
+@given(names, latents_grids, st.floats(0.01, 1), st.sampled_from([16, 64, 128]))
+def test_params_for_a_density_are_valid_and_about_right(name, size, density, block_size):
+    cls, grid = method_class(name), LatentsGrid(*size)
+    params = cls.at_density(density, grid, block_size)
+    if params is None:
+        return
+    method = build_method(name, {**smallest(name), **params})
+    for knob in cls.knobs(density, grid, block_size):
+        build_method(name, {**smallest(name), **knob})
+    if cls.static and not cls.choices({})[0][0]:
+        kept = method.plan(make_call(grid), None).density().mean()
+        least = build_method(name, {**params, **cls.at_density(1e-9, grid, block_size)})
+        assert kept <= max(density, least.plan(make_call(grid), None).density().mean()) + 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_on_the_same_grid_params_stay(name):
+    for params in ({}, method_class(name).everything, method_class(name).example):
+        method = build_method(name, params)
+        assert method.rescaled(LatentsGrid(3, 4, 5), LatentsGrid(3, 4, 5, 7)) == method
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
 def test_few_step_models(name, num_steps):
@@ -175,7 +189,8 @@ def test_a_method_is_frozen_hashable_data(name):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_params_travel_through_json(name):
-    for params in ({}, KEEP_EVERYTHING[name]):
+    cls = method_class(name)
+    for params in ({}, cls.everything, cls.example, cls.at_start, cls.alone):
         method = build_method(name, params)
         written = params_of(method)
         assert tuple(written) == param_names(name)

@@ -13,7 +13,7 @@ import dit_sparse
 from dit_sparse.backends import Backends
 from dit_sparse.call import AttentionCall
 from dit_sparse.grid import LatentsGrid
-from dit_sparse.methods import METHODS
+from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import build_method
 from dit_sparse.pipelines import parallel
 from tests import tiny
@@ -24,14 +24,6 @@ from tests.parallel.cases import APART
 ULYSSES = ContextParallelConfig(ulysses_degree=2)
 RING = ContextParallelConfig(ring_degree=2)
 UNIFIED = ContextParallelConfig(ulysses_degree=2, ring_degree=2)
-PARAMS = {
-    "gna": {"window": (1, 3, 3), "tile": (1, 2, 2)},
-    "svg": {"density": 0.3, "rows": 8, "block_size": 8},
-    "radial": {"decay_factor": 0.3, "block_size": 8},
-    "rettention": {"mask_params": {"decay_factor": 0.3, "block_size": 8}},
-    "xattention": {"threshold": 0.5, "stride": 2, "block_size": 8},
-    **{name: params for name, (params, _, _) in APART.items()},
-}
 
 
 def arrived(text, video, processes):
@@ -93,7 +85,7 @@ def test_every_head_is_in_one_share(heads, processes):
 def test_what_cannot_be_is_refused_before_anything_changes(family, config, plan, words):
     pipe, args = tiny.PIPELINES[family]()
     pipe.set_progress_bar_config(disable=True)
-    handle = pipe.enable_sparse_attention("radial", **PARAMS["radial"])
+    handle = pipe.enable_sparse_attention("radial", **method_class("radial").example)
     sparse = tiny.run(pipe, args, num_inference_steps=2)
     with pytest.raises(dit_sparse.AttachError, match=words):
         pipe.transformer.enable_parallelism(config=config, cp_plan=plan)
@@ -106,7 +98,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(family, config, plan,
     pipe.transformer._parallel_config = config
     if plan is None:
         with pytest.raises(dit_sparse.AttachError, match=words):
-            pipe.enable_sparse_attention("radial", **PARAMS["radial"])
+            pipe.enable_sparse_attention("radial", **method_class("radial").example)
         assert pipe.sparse_attention is None
 
 
@@ -149,11 +141,11 @@ def outputs(name, params, heads):
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense"}))
 def test_who_else_is_on_a_process_matters_only_where_it_is_said(name):
-    params = PARAMS.get(name, {"block_size": 8})
+    params = APART[name][0] if name in APART else method_class(name).example
     whole = outputs(name, params, [0, 1, 2, 3])
     halves = torch.cat([outputs(name, params, [0, 1]), outputs(name, params, [2, 3])], 3)
     alike = torch.allclose(whole, halves, rtol=0, atol=1e-5)
-    assert alike == (name not in parallel.APART)
+    assert alike == (not build_method(name, params).heads_tied)
 
 
 def test_head_levels_switched_off_need_no_remark():

@@ -8,39 +8,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_sparse
-from dit_sparse.methods import METHODS
+from dit_sparse.methods import METHODS, method_class
+from dit_sparse.methods.params import param_names
 from dit_sparse.pipelines import FAMILIES, family_by_name
 from tests import tiny
 
-# Parameters with which a method keeps every block; a new method needs a line here.
-EVERYTHING = {
-    "dense": {},
-    "radial": {"form": "paper", "decay_factor": 1e9, "block_size": 16},
-    "adaspa": {"density": 1.0, "search_steps": (0.0, 0.5)},
-    "pooled": {"density": 1.0, "block_size": 16},
-    "gna": {"window": (99, 99, 99)},
-    "blade": {"density": 1.0, "threshold": 1.0, "block_size": 16},
-    "rettention": {"mask_params": {"decay_factor": 1e9, "block_size": 16}},
-    "sparse_vdit": {"patterns": "full", "block_size": 16},
-    "sparsed": {"density": 1.0, "search_step": 0.0, "block_size": 16},
-    "svg": {"density": 1.0, "block_size": 16},
-    "svg2": {"top_p": 1.0, "block_size": 16},
-    "xattention": {"threshold": 1.0, "block_size": 16},
-}
-# Parameters with which it drops blocks on the tiny grids.
-SPARSE = {
-    "radial": {"form": "paper", "decay_factor": 0.3, "block_size": 8},
-    "adaspa": {"density": 0.4, "block_size": 8, "search_steps": (0.0, 0.5)},
-    "pooled": {"density": 0.4, "block_size": 8, "refresh": 2},
-    "gna": {"window": (2, 3, 3), "tile": (2, 2, 2)},
-    "blade": {"density": 0.4, "samples": 4, "pooled": 6, "block_size": 8},
-    "rettention": {"mask_params": {"decay_factor": 0.3, "block_size": 8}, "refresh": 3},
-    "sparse_vdit": {"patterns": ("multi_diagonal", "skip"), "block_size": 8},
-    "sparsed": {"density": 0.4, "search_step": 0.0, "block_size": 8},
-    "svg": {"density": 0.4, "rows": 16, "sink": False, "block_size": 8},
-    "svg2": {"top_p": 0.5, "first_iterations": 5, "compensate": "cluster_mean", "block_size": 8},
-    "xattention": {"threshold": 0.6, "stride": 4, "block_size": 8},
-}
+SPARSE = {name: dict(method_class(name).example) for name in METHODS if name != "dense"}
+
+
+def everything(name):
+    """Params with which a method keeps every block; it searches where the example does."""
+    cls = method_class(name)
+    size = {"block_size": 16} if "block_size" in param_names(name) else {}
+    searches = {key: cls.example[key] for key in cls.at_start}
+    return {**size, **searches, **cls.everything}
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.PIPELINES))
@@ -67,11 +48,6 @@ def distance(one, other):
     return ((one - other).abs().max() / other.abs().max()).item()
 
 
-def test_every_method_has_parameters_here():
-    assert set(EVERYTHING) == set(METHODS)
-    assert set(SPARSE) == set(METHODS) - {"dense"}
-
-
 def test_every_family_has_a_pipeline_here():
     built = {type(make()[0].transformer).__name__ for make in tiny.PIPELINES.values()}
     assert built == set(FAMILIES)
@@ -81,7 +57,7 @@ def test_every_family_has_a_pipeline_here():
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_keeping_everything_equals_the_unmodified_pipeline(family, rounding, method):
     _, pipe, args, stock = family
-    with dit_sparse.sparse_attention(pipe, method, strict=True, **EVERYTHING[method]) as handle:
+    with dit_sparse.sparse_attention(pipe, method, strict=True, **everything(method)) as handle:
         ours = tiny.run(pipe, args)
         report = handle.report()
     assert report.density == 1.0
