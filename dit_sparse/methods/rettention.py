@@ -203,7 +203,7 @@ class Rettention(Method):
         return output
 
     def _mask(self, call: AttentionCall) -> Method:
-        return call.once((self, "mask"), lambda: build_method(self.mask, self.mask_params))
+        return call.once((self, "mask"), lambda: self.inner)
 
     def _remember(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> None:
         """Run the mask beside a dense result that is known, and keep ratio and residual."""
