@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tables import environment, size, table
 
+from dit_sparse.methods import METHODS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -107,7 +109,14 @@ def _methods(data: Path) -> str:
         head = ("method", "shape", "threads", "density", "planning", "efficiency", "speed-up",
                 "state MiB")  # fmt: skip
         text.append(table(head, rows))
-    return "\n".join(text)
+    return "\n".join(text + _missing(text))
+
+
+def _missing(text: list[str]) -> list[str]:
+    """Name the methods that have no row on a page."""
+    links = [f"[`{name}`](../methods/{name}.md)" for name in sorted(set(METHODS) - {"dense"})]
+    missing = [link for link in links if link not in "\n".join(text)]
+    return [f"Not measured yet: {', '.join(missing)}.\n"] * bool(missing)
 
 
 def _differing(params: dict[str, Any]) -> str:
@@ -137,7 +146,7 @@ def _memory(data: Path) -> str:
         head = ("method", "density", "exact", "a layer", "shared by all layers")
         text += [f"## {found['title']}\n", f"Data: `docs/benchmarks/{path.name}`.\n"]
         text.append(table(head, rows))
-    return "\n".join(text)
+    return "\n".join(text + _missing(text))
 
 
 def _demo(data: Path) -> str:

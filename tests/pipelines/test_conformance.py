@@ -14,12 +14,12 @@ import torch
 
 from dit_sparse import sparse_attention
 from dit_sparse.inspect import kept_keys
+from dit_sparse.methods import method_class
 from dit_sparse.pipelines import family_of
 from tests import tiny
 from tests.pipelines.test_families import SPARSE
 
 TABLE = Path(__file__).parents[2] / "docs" / "conformance.md"
-STATIC = {"gna", "radial", "sparse_vdit"}
 # What a method asks of the operations in a run of 4 steps, per layer and guidance pass, with the
 # params of SPARSE: "pooled" chooses anew on every second step, "adaspa" searches on two, ...
 ASKS = {
@@ -119,7 +119,9 @@ def test_cell(family, method):
         times, handle.watch = len(asked), None
         built = geometry(handle)
         assert torch.equal(tiny.run(pipe, args), ours)
-        if method in STATIC:  # built once for the geometry, for all layers, steps and generations
+        if method_class(
+            method
+        ).static:  # built once for the geometry, for all layers, steps and generations
             assert built
             assert geometry(handle) == built
     assert graph(pipe) == before
