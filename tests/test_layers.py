@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from dit_sparse.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dit_sparse"
 TABLE = "tests/test_layers.py"
@@ -186,6 +188,21 @@ def write(root: Path, files: dict[str, str]) -> Path:
 def test_imports_go_downwards():
     found = violations(ROOT / PACKAGE)
     assert not found, "\n".join(found)
+
+
+def test_only_their_own_folder_knows_methods_by_name():
+    names = set(METHODS) - {"dense"}  # what every program compares with
+    found = []
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        if path.is_relative_to(ROOT / PACKAGE / "methods"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = isinstance(node, ast.Constant) and node.value in names
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if named or module in {f"{PACKAGE}.methods.{name}" for name in names}:
+                found.append(f"{path.relative_to(ROOT).as_posix()}:{node.lineno}")
+    # The metrics of another repository, which is called as its method.
+    assert {line.partition(":")[0] for line in found} <= {"dit_sparse/quality/catalogue.py"}, found
 
 
 def test_the_table_has_no_circle():
