@@ -19,7 +19,8 @@ from dit_sparse.guarantee import Guarantee
 from dit_sparse.methods import method_class
 from dit_sparse.probe import dense_output, relative_error, spread_rows
 from tests import tiny
-from tests.pipelines.test_families import SPARSE, graph
+from tests.pipelines.test_conformance import graph
+from tests.pipelines.test_families import SPARSE
 from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
 
 RADIAL = SPARSE["radial"]
