@@ -99,7 +99,7 @@ class AdaSpa(Method):
 
     @property
     def heads_tied(self) -> str:
-        """Head levels compare the heads of a rule."""
+        """Head levels rank the heads of a call against each other."""
         tied = "it ranks the heads of a rule, and each process ranks its own"
         return tied if self.recall_threshold < 1 else ""
 

@@ -119,11 +119,11 @@ class Blade(Method):
 
     @property
     def extra_density(self) -> float:
-        """One pooled key for n keys, at most."""
+        """Share of the pooled keys, at most: one for n keys."""
         return 1 / self.pooled if self.pooled else 0.0
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
-        """Samples are counted in tokens."""
+        """Warn that the number of samples does not grow with the grid."""
         return ("as many tokens are drawn of each block, however many blocks there are",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:

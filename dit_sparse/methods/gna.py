@@ -120,14 +120,14 @@ class GNA(Method):
         return ({"window": _window(share, grid), "tile": tile},)
 
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> GNA:
-        """Let each extent of the window grow with its axis, in whole strides where it was."""
+        """Scale each extent of the window with its axis, in whole strides where it had them."""
         axes = zip(_sides(old), _sides(new), self.window, self.stride, strict=True)
         frames, rows, columns = (_grown(*axis) for axis in axes)
         return replace(self, window=(frames, rows, columns))
 
     @property
     def block_tokens(self) -> int:
-        """Those of a tile."""
+        """Tokens in a tile."""
         return prod(self.tile)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002

@@ -82,7 +82,7 @@ class Pooled(Method):
 
     @property
     def asked_density(self) -> float | None:
-        """What top-p keeps depends on the content."""
+        """The density of top-k; what top-p keeps depends on the content."""
         return self.density if self.select == "top_k" else None
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:

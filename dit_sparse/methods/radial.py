@@ -93,7 +93,7 @@ class Radial(Method):
 
     @classmethod
     def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:
-        """Bisect the logarithm of ``decay_factor``; the first frame for all costs 1 / frames."""
+        """Bisect the logarithm of ``decay_factor``; the sink, 1 / frames, only from 0.5 on."""
         sink = density >= 0.5
         power = largest(
             lambda x: cls(decay_factor=2**x, block_size=block_size, sink=sink),
@@ -115,7 +115,7 @@ class Radial(Method):
         return tuple({"decay_factor": factor, "sink": sink} for sink in (False, True))
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:
-        """Windows follow the number of frames, but not below a block."""
+        """Warn that density falls with the number of frames, and of fixed widths."""
         found = []
         if old.frames != new.frames:
             found.append("keeps a smaller share of longer videos, a larger one of shorter")

@@ -113,23 +113,23 @@ class Rettention(Method):
 
     @classmethod
     def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:
-        """Ask the usual mask."""
+        """Give the default mask the params for this density."""
         return {"mask_params": Radial.at_density(density, grid, block_size)}
 
     @classmethod
     def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:
-        """Turn the usual mask's knobs."""
+        """Turn the knobs of the default mask."""
         masks = Radial.knobs(share, grid, block_size)
         return tuple({"mask_params": {**mask, "block_size": block_size}} for mask in masks)
 
     @property
     def inner(self) -> Method:
-        """The mask."""
+        """The mask, built from its params."""
         return build_method(self.mask, self.mask_params)
 
     @property
     def block_tokens(self) -> int:
-        """Those of the mask."""
+        """Tokens in a block of the mask."""
         return self.inner.block_tokens
 
     @property
@@ -139,17 +139,17 @@ class Rettention(Method):
 
     @property
     def names_heads(self) -> bool:
-        """Whether the mask does."""
+        """Whether the mask treats single heads differently."""
         return self.inner.names_heads
 
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Rettention:
-        """Fit the mask; params that it keeps stay unsaid if they were."""
+        """Fit the mask; of its params only those that change are written out."""
         before, after = (params_of(m) for m in (self.inner, self.inner.rescaled(old, new)))
         changed = {key: value for key, value in after.items() if value != before[key]}
         return replace(self, mask_params={**self.mask_params, **changed})
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
-        """See the mask."""
+        """Warn that the mask may keep another share."""
         return ("its mask may keep another share",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:

@@ -147,9 +147,9 @@ class SparseVDiT(Method):
 
     @classmethod
     def choices(cls, params: Params) -> list[tuple[Params, bool]]:
-        """Try each pattern; a band named alone is tried at several densities."""
+        """Try each pattern; a band given alone is tried at several densities."""
         if not params:
-            return [({"patterns": pattern}, False) for pattern in PATTERNS]
+            return [one for pattern in PATTERNS for one in cls.choices({"patterns": pattern})]
         return [(params, params in ({"patterns": "diagonal"}, {"patterns": "multi_diagonal"}))]
 
     @property
@@ -159,12 +159,12 @@ class SparseVDiT(Method):
 
     @property
     def asked_density(self) -> float | None:
-        """Known of "full" and "skip"; the others' follows from the grid."""
+        """Known for "full" and "skip"; that of the others follows from the grid."""
         return {"full": 1.0, "skip": 0.0}.get(str(self.patterns))
 
     @property
     def names_heads(self) -> bool:
-        """Whether patterns are listed by head."""
+        """Whether patterns are listed head by head."""
         return isinstance(self.patterns, tuple)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002

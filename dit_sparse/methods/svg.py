@@ -100,7 +100,7 @@ class SVG(Method):
         check_block_size(self.block_size)
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
-        """Rows are counted in tokens."""
+        """Warn that the number of rows does not grow with the grid."""
         return ("as many rows judge more tokens",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002

@@ -127,7 +127,7 @@ class SVG2(Method):
 
     @classmethod
     def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
-        """Guess ``top_p``; more first iterations gain little."""
+        """Guess ``top_p``; a search needs no more than ten first iterations."""
         return {"top_p": threshold_at(density), "first_iterations": 10}
 
     @classmethod
@@ -142,7 +142,7 @@ class SVG2(Method):
         return replace(self, query_clusters=q, key_clusters=k)
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
-        """See ``rescaled``."""
+        """Warn that the clusters are other ones."""
         return ("clusters were counted anew in proportion to the tokens",)
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:

@@ -91,7 +91,7 @@ class XAttention(Method):
         return ({"threshold": share},)
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
-        """Attention spreads over more tokens."""
+        """Warn that the threshold keeps another share."""
         return ("its threshold keeps another share where attention spreads over more tokens",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:

@@ -90,7 +90,7 @@ def block_for(grid: LatentsGrid) -> int:
 
 
 def presets() -> dict[str, tuple[str, ...]]:
-    """Collect the presets and their candidates: methods that are there as such come first."""
+    """Collect the presets and their candidates from the methods; bare names come first."""
     bare: dict[str, list[str]] = {}
     more: dict[str, list[str]] = {}
     for name in METHODS:
@@ -110,7 +110,6 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
         ProfileError: Nothing named, a name or param that does not exist, or a name given twice.
     """
     found: list[Wanted] = []
-    named = presets()
     items = [item.strip() for item in _split(text)]
     if not any(items):
         raise ProfileError(
@@ -127,7 +126,8 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
                 )
             found = kept
             continue
-        for one in named.get(item, (item,)):
+        known = item.partition(":")[0] in METHODS  # then no other method need be imported
+        for one in (item,) if known else presets().get(item, (item,)):
             found += _wanted(one)
     if not found:
         raise ProfileError(f"candidates: {text!r:.80} leaves none")

@@ -33,6 +33,16 @@ def test_every_method_is_in_the_default_set_at_three_levels():
         assert [want.level for want in found if want.method == name] == list(LEVELS)
 
 
+def test_a_bare_name_of_many_patterns_is_what_its_preset_is():
+    """And each can be found again by its own name, as in what a search stored."""
+    found = parse_candidates("sparse_vdit")
+    assert found == parse_candidates("sparse-vdit")
+    for want in found:
+        assert want in parse_candidates(want.text.rpartition("@")[0] or want.text)
+    (listed,) = parse_candidates('sparse_vdit:patterns=["full","skip"]')
+    assert listed.params == {"patterns": ["full", "skip"]}
+
+
 def test_the_preset_has_the_five_patterns():
     found = resolve(parse_candidates("sparse-vdit"), GRID)
     patterns = [candidate.params["patterns"] for candidate in found[:2]]
