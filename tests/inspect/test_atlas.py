@@ -234,6 +234,7 @@ def test_static_methods_are_drawn_exactly_and_others_said_to_be_made_up(name):
     method = build_method(name, params)
     assert (views is None) == (not (method.inner or method).static)
     assert ("synthetic" in choice.why) == (views is None)
+    assert ("its mask" in choice.why) == (method.inner is not None)
     assert choice.kept is not None
     assert choice.seen is not None
 

@@ -64,6 +64,13 @@ def test_longer_bands_amortise_a_search():
     assert costs.source.startswith("assumed")
 
 
+def test_assumed_planning_follows_from_how_a_method_chooses():
+    found = [one(name) for name in ("radial", "pooled", "adaspa", "rettention")]
+    planning = CostModel.assumed(found, 4).planning
+    assert list(planning.values()) == [(0.0, 0.0), (0.01, 0.01), (1.0, 0.0), (1.0, 0.0)]
+    assert block_of(one("gna:tile=[2,2,4]")) == 16
+
+
 def test_quantisation_counts_whole_blocks():
     from dit_sparse.grid import BlockLayout
     from dit_sparse.plan import BlockPlan
