@@ -214,6 +214,13 @@ def test_choices_are_looked_up(seed):
     assert found.shares.get("dense", 0) == pytest.approx(list(columns.values()).count(0) / 12)
 
 
+def test_a_choice_that_keeps_all_is_in_the_column_of_dense():
+    stored = table(0)
+    assert stored.column("dense", {}) == stored.column("sparse_vdit", {"patterns": "full"}) == 0
+    assert stored.column("pooled", candidate(0.5).params) == 2
+    assert stored.column("radial", {}) is None
+
+
 def test_what_was_not_measured_is_read_off_between_its_neighbours():
     stored = table(3)
     between = candidate(0.3125)
