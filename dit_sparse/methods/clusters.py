@@ -128,8 +128,8 @@ def merge_cluster_means(
     output: Tensor,
     lse: Tensor,
     ops: Ops,
-) -> None:
-    """Let every dropped cluster be read as its mean, in place.
+) -> Tensor:
+    """Let every dropped cluster be read as its mean; returns the output.
 
     A query of cluster i reads, besides the keys of the clusters it keeps, each dropped cluster j
     of n_j keys as one key with j's mean key, mean value and weight n_j (its score plus ln n_j).
@@ -140,10 +140,12 @@ def merge_cluster_means(
         q: Query clusters of its plan.
         kv: Key clusters of its plan.
         mask: Kept pairs, bool ``[batch, heads, q_clusters, kv_clusters]``.
-        output: ``[batch, seq_len, heads, head_dim]``; its video rows are changed.
+        output: ``[batch, seq_len, heads, head_dim]``; its video rows are changed in place, or
+            those of a copy where gradients are wanted, which need it as it is.
         lse: Of the kept keys, fp32 ``[batch, heads, seq_len]``.
         ops: The operations.
     """
+    merged = output.clone() if output.requires_grad else output
     video = slice(call.grid.video_start, call.grid.video_start + call.grid.video_tokens)
     batch, heads, q_clusters, kv_clusters = mask.shape
     size = q.block_size
@@ -160,7 +162,8 @@ def merge_cluster_means(
         share = torch.sigmoid(means_lse - lse[:, part, video]).transpose(1, 2)[..., None]
         kept = output[:, video, part].to(share.dtype)
         mixed = torch.lerp(kept, means.to(share.dtype), share)
-        output[:, video, part] = mixed.to(output.dtype)
+        merged[:, video, part] = mixed.to(output.dtype)
+    return merged
 
 
 def _cluster_means(x: Tensor, side: Side, ops: Ops) -> Tensor:

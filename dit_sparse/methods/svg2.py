@@ -172,7 +172,8 @@ class SVG2(Method):
         """Merge the means of dropped clusters into the video rows, where that is asked for."""
         state = call.state
         if self.compensate == "cluster_mean" and "mask" in state:
-            merge_cluster_means(call, state["q"], state["kv"], state["mask"], output, lse, ops)
+            sides = (state["q"], state["kv"], state["mask"])
+            output = merge_cluster_means(call, *sides, output, lse, ops)
             self._forget(call)
         return output
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dit_sparse.backends import Backends
+from dit_sparse.call import AttentionCall
 from dit_sparse.errors import StrategyError
 from dit_sparse.grid import LatentsGrid
 from dit_sparse.kernels import reference
@@ -151,6 +154,42 @@ def test_clusters_of_one_token_make_the_compensation_exact():
     everything = torch.ones(1, 1, 29, 29, dtype=torch.bool)
     dense, _ = masked_attention(call.query, call.key, call.value, everything, call.scale)
     torch.testing.assert_close(output, dense, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("compensate", ["none", "cluster_mean"])
+@pytest.mark.parametrize("place", range(3))
+def test_gradients_are_central_differences(compensate, place):
+    """Of query, key and value, in float64, the clusters held as they are."""
+    grid = LatentsGrid(2, 4, 6, 5)
+    method = SVG2(3, 4, first_iterations=2, top_p=0.3, compensate=compensate, block_size=8)
+    random = torch.Generator().manual_seed(place)
+    shape = (1, grid.tokens, 2, 8)
+    tensors = [torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(3)]
+    start = AttentionCall(*tensors, grid, 8**-0.5, heads=(0, 1), num_steps=4)
+    plan = method.plan(start, Backends("cpu"))
+    assert plan.density().max() < 1
+
+    def loss(tensors):
+        call = replace(start, **dict(zip(("query", "key", "value"), tensors, strict=True)))
+        call.state.update(start.state)
+        ops = Backends("cpu")
+        output, lse = ops.attend(*tensors, plan, call.scale)
+        return method.finish(call, output, lse, ops).square().sum()
+
+    state = dict(start.state)
+    wanted = torch.randn(shape, generator=random, dtype=torch.float64)
+
+    def moved(by):
+        start.state.update(state)
+        return loss([x + by * wanted if i == place else x for i, x in enumerate(tensors)])
+
+    with torch.no_grad():
+        slope = (moved(1e-3) - moved(-1e-3)) / 2e-3  # shares are fp32: no finer
+    start.state.update(state)
+    (gradient,) = torch.autograd.grad(
+        loss([x.requires_grad_(i == place) for i, x in enumerate(tensors)]), tensors[place]
+    )
+    torch.testing.assert_close((gradient * wanted).sum(), slope, rtol=1e-4, atol=1e-4)
 
 
 def test_clusters_are_of_video_tokens_and_start_warm():
