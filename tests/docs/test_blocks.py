@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,11 @@ from typer.testing import CliRunner
 from dit_sparse import Strategy
 from dit_sparse.cli import app
 from tests.docs.blocks import blocks
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -214,6 +220,8 @@ def test_other_blocks_are_of_known_kinds():
                 json.loads(block.text)
             elif block.language == "yaml":
                 assert isinstance(yaml.safe_load(block.text), dict), str(block)
+            elif block.language == "toml":
+                assert tomllib.loads(block.text), str(block)
             else:
                 assert block.language in {"python", "shell"}, f"{block}: {block.language}"
 

@@ -329,7 +329,7 @@ struct Tile {
 };
 
 INLINE float largest(const Call& call) {  // of a query
-  const float scale = std::fabs(call.scale);
+  const float scale = __builtin_fabsf(call.scale);
   return LARGEST / (scale > 1.0f ? scale : 1.0f);
 }
 
