@@ -417,7 +417,7 @@ COMPENSATED = {
 
 @pytest.mark.parametrize("method", sorted(SPARSE))
 def test_what_others_remember_stays_right_when_a_head_leaves(bare, monkeypatch, method):
-    """The heads that stay give bit for bit what they gave when nobody left."""
+    """The heads that stay give what they gave when nobody left, to the bit with our own kernel."""
     profile = dit_sparse.Strategy.single(
         method, **{**SPARSE[method], **COMPENSATED.get(method, {})}
     )
@@ -429,9 +429,12 @@ def test_what_others_remember_stays_right_when_a_head_leaves(bare, monkeypatch, 
     assert left["head"] == 1
     first = left["step"]
     assert first < 6  # and so it was dense for a while, over refreshes too
+    # torch's matrix products may round a head otherwise where fewer heads are beside it.
+    rounding = 0.0 if "native" in report.kernels else 8 * torch.finfo(torch.float32).eps
     for step, ((one, _), (other, right)) in enumerate(zip(plain, watched, strict=True)):
         for head in (0, 2):
-            assert torch.equal(one[:, :, head], other[:, :, head]), (step, head)
+            moved = (one[:, :, head] - other[:, :, head]).abs().max()
+            assert moved <= rounding * one.abs().max(), (step, head)
         if step >= first:
             assert torch.equal(other[:, :, 1], dense_head(right, 1))
         elif step < 3:
