@@ -6,7 +6,7 @@ import random
 import torch
 from diffusers import CogVideoXPipeline
 
-from tests.samples.built import assert_small
+from tests.samples.built import assert_small, same_draw
 
 FAMILY = "cogvideox"
 TEXT_TOKENS = 226
@@ -53,6 +53,7 @@ def test_the_native_size_gives_2304_video_tokens(pipeline):
     assert [named["encoder_hidden_states"].shape[1] for named in seen] == [TEXT_TOKENS]
 
 
+@same_draw
 def test_the_shipped_text_encoder_is_the_one_that_training_used(pipeline, family):
     wanted, _ = family.make_pipeline(pipeline.transformer, pipeline.vae).encode_prompt(
         PROMPT, do_classifier_free_guidance=False
@@ -61,6 +62,7 @@ def test_the_shipped_text_encoder_is_the_one_that_training_used(pipeline, family
     torch.testing.assert_close(found, wanted)
 
 
+@same_draw
 def test_collapsed_padding_is_what_the_pipeline_computes(pipeline, family):
     class Longest(random.Random):
         def choice(self, values):

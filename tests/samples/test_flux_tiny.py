@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from tests.samples.built import assert_small
+from tests.samples.built import assert_small, same_draw
 
 FAMILY = "flux"
 PROMPT = "a red circle left of a blue square"
@@ -63,6 +63,7 @@ def test_the_native_size_gives_2304_image_tokens_and_512_of_text(pipeline):
     assert [tuple(shape[:2]) for shape in seen] == [(1, 2304 + 512)]
 
 
+@same_draw
 def test_the_shipped_text_encoders_are_the_ones_that_training_used(pipeline):
     from picture_text import PictureText
 
@@ -87,6 +88,7 @@ def test_a_word_knows_its_neighbours():
     assert not torch.allclose(one[6], two[6], atol=0.1)  # square
 
 
+@same_draw
 @pytest.mark.parametrize("padded_to", [64, 512])
 def test_collapsed_padding_is_what_the_pipeline_computes(pipeline, padded_to, monkeypatch):
     from families import flux

@@ -6,7 +6,7 @@ import random
 import torch
 from diffusers import PixArtSigmaPipeline
 
-from tests.samples.built import assert_small
+from tests.samples.built import assert_small, same_draw
 
 FAMILY = "pixart"
 PROMPT = "a red circle left of a blue square"
@@ -62,6 +62,7 @@ def test_resolution_binning_takes_its_one_square_size(pipeline):
     assert image.shape == (1, 3, 256, 256)  # and made smaller
 
 
+@same_draw
 def test_the_shipped_text_encoder_is_the_one_that_training_used(pipeline):
     from picture_text import PictureText
 
@@ -72,6 +73,7 @@ def test_the_shipped_text_encoder_is_the_one_that_training_used(pipeline):
     torch.testing.assert_close(text[:, :known], mine[:, :known])
 
 
+@same_draw
 def test_training_computes_what_the_pipeline_computes(pipeline):
     from families.pixart import PixArt
 

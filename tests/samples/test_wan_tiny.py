@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from diffusers import WanPipeline
 
-from tests.samples.built import assert_small
+from tests.samples.built import assert_small, same_draw
 
 FAMILY = "wan"
 CHECKED_CLIPS = 40
@@ -45,6 +45,7 @@ def test_the_native_size_gives_2304_tokens(pipeline):
     assert [tuple(inputs.shape[:2]) for inputs in seen] == [(1, 2304)]
 
 
+@same_draw
 def test_the_shipped_text_encoder_is_the_one_that_training_used(pipeline):
     from text import make_text_encoder, make_tokenizer
 
@@ -68,6 +69,7 @@ def test_every_caption_is_in_the_vocabulary(pipeline):
     assert "" in captions
 
 
+@same_draw
 def test_collapsed_padding_is_what_the_pipeline_computes(pipeline):
     from text import Prompts
     from transformer import BiasedCrossAttention, collapse_padding
