@@ -19,8 +19,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from dit_sparse.video import encode
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
@@ -84,6 +82,10 @@ def huge_picture(tmp_path):
 @pytest.fixture
 def huge_video(tmp_path):
     """The same picture as the one frame of a video."""
+    from dit_sparse.video import (
+        encode,
+    )  # with torch 2.9 this loads Triton: not before the setting above
+
     path = tmp_path / "huge.mkv"
     encode(path, [np.zeros((16, 16, 3), np.uint8)], (16, 16), 1, ["-c:v", "png"])
     path.write_bytes(_claiming(path.read_bytes()))
