@@ -7,6 +7,7 @@ Nothing is read back from these files: an mp4 is lossy, so quality is measured o
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -125,6 +126,18 @@ def encode(
             why = said[-1] if said else f"exit code {code}"
             raise OSError(f"{path}: ffmpeg could not write it: {why}")
         scratch.replace(path)
+
+
+def frame_too_large(said: str) -> str | None:
+    """Explain that ffmpeg refused a frame for its size; None where it said something else."""
+    found = re.search(r"Picture size (\d+)x(\d+) exceeds", said)
+    if found is None:
+        return None
+    most = int(MAX_PIXELS**0.5)
+    return (
+        f"its frames are {found[1]} x {found[2]} pixels by its header, the largest that are read "
+        f"are {most} x {most}; scale it down, or get the file again if that is wrong"
+    )
 
 
 def write_png(path: Path, picture: Image.Image | NDArray[np.uint8]) -> None:

@@ -82,9 +82,8 @@ def huge_picture(tmp_path):
 @pytest.fixture
 def huge_video(tmp_path):
     """The same picture as the one frame of a video."""
-    from dit_sparse.video import (
-        encode,
-    )  # with torch 2.9 this loads Triton: not before the setting above
+    # Not at the top: beside torch 2.9 it loads Triton, which must find the setting above.
+    from dit_sparse.video import encode
 
     path = tmp_path / "huge.mkv"
     encode(path, [np.zeros((16, 16, 3), np.uint8)], (16, 16), 1, ["-c:v", "png"])

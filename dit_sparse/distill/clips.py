@@ -14,7 +14,7 @@ from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
 from dit_sparse.distill.inputs import encoding_inputs
 from dit_sparse.identity import file_digest, pipeline_identity, text_digest
-from dit_sparse.video import MAX_PIXELS
+from dit_sparse.video import MAX_PIXELS, frame_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,8 +83,9 @@ def read_frames(path: Path, count: int) -> list[Image.Image]:
     command += ["-frames:v", str(count), "-c:v", "ppm", "-f", "image2pipe", "-"]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 (its own ffmpeg)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise DistillError(f"{path}: cannot be read as a video: {said[0] if said else 'ffmpeg'}")
+        said = done.stderr.decode(errors="replace").strip()
+        why = frame_too_large(said) or (said.splitlines() or ["ffmpeg did not say why"])[-1]
+        raise DistillError(f"{path}: cannot be read as a video: {why}")
     stream, frames = io.BytesIO(done.stdout), []
     while stream.readline():  # P6, then width and height, then 255, then the pixels
         width, height = map(int, stream.readline().split())

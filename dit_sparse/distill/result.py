@@ -58,9 +58,10 @@ def _save_lora(folder: Path, pipe: Any, networks: Networks) -> None:
         for key, value in get_peft_model_state_dict(model, adapter_name="student").items()
     }
     config = model.peft_config["student"]
-    usual = type(config)().to_dict()  # left out: an older peft refuses names that it does not have
-    read = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}  # by diffusers itself
-    settings = {k: v for k, v in config.to_dict().items() if k in read or v != usual[k]}
+    # Without the defaults: an older peft refuses settings that it does not know.
+    defaults = type(config)().to_dict()
+    needed = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}  # diffusers reads them by name
+    settings = {k: v for k, v in config.to_dict().items() if k in needed or v != defaults[k]}
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
     pipe.save_lora_weights(
         str(folder),

@@ -74,7 +74,9 @@ def method_class(name: str) -> type[Method]:
     try:
         found: Any = getattr(import_module(module), symbol)
     except (ImportError, AttributeError) as error:
-        raise StrategyError(f"method {name!r}: {METHODS[name]} is not there: {error}") from error
+        raise StrategyError(
+            f"method {name!r}: {METHODS[name]} cannot be imported: {error}"
+        ) from error
     proper = isinstance(found, type) and Method in found.__mro__ and is_dataclass(found)
     if not proper:
         raise StrategyError(
@@ -93,5 +95,5 @@ def _add_declared(point: EntryPoint) -> None:
         warnings.warn(f"entry point of the package {owner}: {error}", stacklevel=2)
 
 
-for declared in entry_points(group="dit_sparse.methods"):
-    _add_declared(declared)
+for _point in entry_points(group="dit_sparse.methods"):
+    _add_declared(_point)

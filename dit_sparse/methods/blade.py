@@ -26,6 +26,7 @@ from dit_sparse.methods.lists import (
     reused_plan,
     video_blocks,
 )
+from dit_sparse.methods.merge import merge, writable
 from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -169,12 +170,7 @@ class Blade(Method):
         return least, most
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
-        """Merge the pooled keys' attention into the video rows (ASA_G).
-
-        One softmax over kept and pooled keys (each with + ln n) is the mean of the two results
-        weighted by exp of their log-sum-exps. Gradients pass through output and LSE, so this has
-        the gradient of that one softmax; in fp32, as the LSEs are.
-        """
+        """Merge the pooled keys' attention, each key with + ln n, into the video rows (ASA_G)."""
         if not self.pooled:
             return output
         grid, device = call.grid, call.query.device
@@ -188,13 +184,9 @@ class Blade(Method):
             for x in (call.key, call.value)
         )
         coarse, coarse_lse = ops.attend(call.query[:, video], key, value, plan, call.scale)
-        share = torch.sigmoid(coarse_lse - lse[..., video]).transpose(1, 2)[..., None]
-        fine = output[:, video].to(share.dtype)
-        merged = torch.lerp(fine, coarse.to(share.dtype), share).to(output.dtype)
-        if output.requires_grad:  # it is saved for the backward pass
-            return torch.cat([output[:, : video.start], merged, output[:, video.stop :]], 1)
-        output[:, video] = merged
-        return output
+        merged = writable(output)
+        merged[:, video] = merge(output[:, video], lse[..., video], coarse, coarse_lse)
+        return merged
 
     def _pooled_plan(self, call: AttentionCall) -> tuple[BlockPlan, BlockLayout]:
         """Plan all video queries against all pooled keys, a group of n counting as n keys."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.grid import BlockLayout, cut
+from dit_sparse.methods.merge import merge, writable
 from dit_sparse.plan import BlockPlan
 from dit_sparse.tiles import WORD, pack_bits
 
@@ -129,23 +130,24 @@ def merge_cluster_means(
     lse: Tensor,
     ops: Ops,
 ) -> Tensor:
-    """Let every dropped cluster be read as its mean; returns the output.
+    """Let queries read every dropped cluster as its mean.
 
     A query of cluster i reads, besides the keys of the clusters it keeps, each dropped cluster j
     of n_j keys as one key with j's mean key, mean value and weight n_j (its score plus ln n_j).
-    The two parts are merged by their log-sum-exps in fp32.
 
     Args:
         call: The call.
         q: Query clusters of its plan.
         kv: Key clusters of its plan.
         mask: Kept pairs, bool ``[batch, heads, q_clusters, kv_clusters]``.
-        output: ``[batch, seq_len, heads, head_dim]``; its video rows are changed in place, or
-            those of a copy where gradients are wanted, which need it as it is.
+        output: ``[batch, seq_len, heads, head_dim]``; changed in place unless it has gradients.
         lse: Of the kept keys, fp32 ``[batch, heads, seq_len]``.
         ops: The operations.
+
+    Returns:
+        The output, its video rows over all keys.
     """
-    merged = output.clone() if output.requires_grad else output
+    merged = writable(output)
     video = slice(call.grid.video_start, call.grid.video_start + call.grid.video_tokens)
     batch, heads, q_clusters, kv_clusters = mask.shape
     size = q.block_size
@@ -159,10 +161,8 @@ def merge_cluster_means(
         )
         plan = _means_plan(own_q, own_kv, mask[:, part])
         means, means_lse = ops.attend(call.query[:, video, part], key, value, plan, call.scale)
-        share = torch.sigmoid(means_lse - lse[:, part, video]).transpose(1, 2)[..., None]
-        kept = output[:, video, part].to(share.dtype)
-        mixed = torch.lerp(kept, means.to(share.dtype), share)
-        merged[:, video, part] = mixed.to(output.dtype)
+        kept = output[:, video, part], lse[:, part, video]
+        merged[:, video, part] = merge(*kept, means, means_lse)
     return merged
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_sparse.quality.errors import QualityInputError
-from dit_sparse.video import MAX_PIXELS
+from dit_sparse.video import MAX_PIXELS, frame_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ TIMEOUT = 1800.0  # seconds for decoding a whole file once
 EXACT_TAG = "dit_sparse exact RGB"  # the comment in files that ``record`` wrote
 EXACT_CODECS = {"ffv1", "rawvideo", "png", "huffyuv", "ffvhuff", "utvideo", "magicyuv", "ppm"}
 _STRICT = ("-xerror", "-err_detect", "explode", "-noautorotate", "-max_pixels", str(MAX_PIXELS))
-_TELLING = re.compile(r"error|exceeds|invalid|not found|corrupt", re.IGNORECASE)
+_TELLING = re.compile(r"error|invalid|not found|corrupt", re.IGNORECASE)
 _NOISE = re.compile(r"Conversion failed|Terminating thread|Task finished|Error opening input f")
 _STREAM = re.compile(r"Stream #0:\d+.*?: Video: (?P<codec>\w+)(?P<rest>.*)")
 
@@ -122,6 +122,8 @@ def check_video(path: Path, timeout: float = TIMEOUT) -> VideoFile:
     stream = _STREAM.search(said.split("Stream mapping:")[0])
     if stream is None:
         raise QualityInputError(f"{path}: not a video that ffmpeg can read: {_cause(said)}")
+    if (why := frame_too_large(said)) is not None:
+        raise QualityInputError(f"{path}: {why}")
     size = re.search(r", (\d{1,6})x(\d{1,6})", stream["rest"])
     found = [int(count) for count in re.findall(r"^frame=\s*(\d+)", progress, re.MULTILINE)]
     frames = found[-1] if found else 0

@@ -6,6 +6,7 @@ import json
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 
 import dit_sparse
 from dit_sparse.distill import source
@@ -65,6 +66,12 @@ def test_the_command_trains_goes_on_and_its_result_samples(command, tmp_path, ca
         "iteration", "1", "2"
     ]  # fmt: skip
     model = json.loads((out / "config.json").read_text())["model"]
+    with safe_open(out / "result" / WEIGHTS, "pt") as file:
+        saved = json.loads(file.metadata()["lora_adapter_metadata"])
+    # No setting at its default, which an older peft may not know, but those that diffusers wants.
+    assert {key.removeprefix("transformer.") for key in saved} == {
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"
+    }  # fmt: skip
     pipe = diffusers.WanPipeline.from_pretrained(model)
     pipe.load_lora_weights(out / "result", weight_name=WEIGHTS)
     handle = dit_sparse.enable(pipe, out / "result")

@@ -228,7 +228,7 @@ def test_the_same_line_again_changes_nothing():
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("no_such_module_here:Own", "no_such_module_here:Own is not there: No module named"),
+        ("no_such_module_here:Own", "no_such_module_here:Own cannot be imported: No module named"),
         ("tests.outside.sliding_tiles:Own", "has no attribute 'Own'"),
         ("pathlib:Path", "pathlib:Path must be a frozen dataclass that inherits from"),
     ],

@@ -89,7 +89,7 @@ def test_every_call_is_described(family):
 
 @pytest.mark.parametrize("turn", range(4))
 def test_a_batch_of_two_equals_two_singles(family, turn):
-    """Four methods on every family, every method on four families or more."""
+    """Four methods a family; each method on three families or more, one with padded text."""
     name, pipe, args, _ = family
     methods = sorted(SPARSE)
     method = methods[(4 * sorted(tiny.PIPELINES).index(name) + turn) % len(methods)]

@@ -2,6 +2,7 @@
 """Re-tiling: what is scaled and what stays, and the check by a search at the other size."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -333,17 +334,17 @@ def test_an_existing_file_is_kept_unless_told(root, tmp_path):
     ("args", "words"),
     [
         ((), "--height, --width or --frames"),
-        (("--height", 99999999), "16384"),
+        (("--height", 99999999), "'--height': .*(less than or equal to |<=)16384"),
         (("--height", 96, "--model", "hunyuan-video"), "made for WanTransformer3DModel"),
         (("--height", 97, "--width", 96, "--model", "wan2.1-1.3b"), "does not make whole latents"),
-        (("--height", 96), "which model is it for?"),
+        (("--height", 96), r"which model is it for\?"),
         (("--height", 96, "--model", "nowhere"), "no model is known as 'nowhere'"),
     ],
 )
 def test_bad_sizes_and_models_are_refused(args, words, tmp_path):
     result = cli("wan-tiny.radial", *args, "-o", tmp_path / "x.json")
     assert result.exit_code == 2, result.output
-    assert words in " ".join(result.stderr.replace("│", "").split())
+    assert re.search(words, " ".join(result.stderr.replace("│", "").split()))
     assert not list(tmp_path.iterdir())
 
 
