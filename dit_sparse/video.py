@@ -133,10 +133,9 @@ def frame_too_large(said: str) -> str | None:
     found = re.search(r"Picture size (\d+)x(\d+) exceeds", said)
     if found is None:
         return None
-    most = int(MAX_PIXELS**0.5)
     return (
-        f"its frames are {found[1]} x {found[2]} pixels by its header, the largest that are read "
-        f"are {most} x {most}; scale it down, or get the file again if that is wrong"
+        f"its header says {found[1]} x {found[2]} pixels a frame, at most {MAX_PIXELS:,} pixels "
+        "(as 8192 x 8192) are read; scale it down, or copy the file again if the header is wrong"
     )
 
 

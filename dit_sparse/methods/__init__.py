@@ -36,10 +36,10 @@ METHODS: dict[str, str] = {
 def register_method(name: str, path: str) -> None:
     """Add a method of your own to the table; it is imported when it is first used.
 
-    From then on strategies, the profiler, forecasts and pictures take its name. Strategy files
+    From then on strategies, the profiler, forecasts and pictures accept its name. Strategy files
     hold names only, so a program that loads one must register the same methods first. A package
     that is installed can declare the entry point ``name = "package.module:Class"`` in the group
-    ``dit_sparse.methods`` instead. To register the same line again changes nothing.
+    ``dit_sparse.methods`` instead. Registering the same line again changes nothing.
 
     Args:
         name: Lower-case letters, digits and underscores, starting with a letter.

@@ -142,7 +142,7 @@ class SVG2(Method):
         return replace(self, query_clusters=q, key_clusters=k)
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
-        """Warn that the clusters are other ones."""
+        """Warn that the number of clusters changes."""
         return ("clusters were counted anew in proportion to the tokens",)
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:

@@ -210,7 +210,7 @@ def test_a_cut_off_file_is_an_error_though_ffmpeg_says_none(faststart, tmp_path)
 
 
 def test_a_frame_of_gigabytes_is_refused_before_it_is_decoded(huge_picture, huge_video):
-    refused(huge_video, "huge.mkv: its frames are 16000 x 16000 pixels", "read are 8192 x 8192")
+    refused(huge_video, "huge.mkv: its header says 16000 x 16000 pixels", "as 8192 x 8192")
     refused(huge_picture, "huge.png: not a picture that can be read: Image size", "exceeds")
 
 
