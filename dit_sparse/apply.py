@@ -22,7 +22,7 @@ from dit_sparse.describe import Stage
 from dit_sparse.engine import SparseEngine
 from dit_sparse.errors import AttachError, StrategyError, UnsupportedError
 from dit_sparse.guarantee import Guarantee
-from dit_sparse.pipelines import ALL, family_of, hooks, known_class, parallel, unwrap
+from dit_sparse.pipelines import ALL, family_of, known_class, parallel, taps, unwrap
 from dit_sparse.pipelines.attached import clear, sites_of
 from dit_sparse.pipelines.clock import Clock
 from dit_sparse.pipelines.family import heads_of
@@ -111,7 +111,7 @@ class SparseAttention(SparseEngine):
                 self._sites.append(site)
             self.adopt()
             for name, model in models.items():
-                hooks.attach(model, self, stages[name].family, heads[name])
+                taps.attach(model, self, stages[name].family, heads[name])
             setattr(target, HANDLE, self)
         except BaseException:
             self.remove()
@@ -169,7 +169,7 @@ class SparseAttention(SparseEngine):
             return
         self.removed = True
         for model in self._models.values():
-            hooks.detach(model)
+            taps.detach(model)
         for site in self._sites:
             with suppress(ReferenceError):
                 release(site.module.processor)

@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at this machine: versions, devices, which kernel would run on each, and what is wrong.
-
-``environment()`` is the short form that results and benchmarks carry with their numbers.
-"""
+"""Look at this machine: versions, devices, which kernel would run on each, and what is wrong."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_sparse._version import __version__
 from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
 from dit_sparse.canary import check_kernel
 from dit_sparse.errors import NativeUnavailable
 from dit_sparse.kernels import native, native_library
+from dit_sparse.machine import environment, processor, version_of
 from dit_sparse.pipelines import FAMILIES, MODELS
 from dit_sparse.strategy_io import shipped_names
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 CHECKED_HEAD_DIM = 64
 
 
@@ -101,21 +93,6 @@ class Diagnosis:
         return plain
 
 
-def environment() -> dict[str, Any]:
-    """Name what numbers depend on: versions, processor, GPUs, threads."""
-    return {
-        "dit_sparse": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "processor": _processor(),
-        "cores": _cores(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
 def diagnose() -> Diagnosis:
     """Look at everything; each kernel that can run is checked against the reference."""
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -140,7 +117,7 @@ def native_state() -> Native:
 def _examine(name: str) -> Device:
     device = torch.device(name)
     if device.type == "cpu":
-        dtype, description = torch.float32, _processor()
+        dtype, description = torch.float32, processor()
     else:
         found = torch.cuda.get_device_properties(device)
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -185,7 +162,7 @@ def _torchvision() -> str | None:
     except Exception as error:  # noqa: BLE001  (RuntimeError as often as ImportError)
         why = str(error).strip().splitlines()[0]
         return (
-            f"torchvision {_version('torchvision')} cannot be imported ({why}), and diffusers "
+            f"torchvision {version_of('torchvision')} cannot be imported ({why}), and diffusers "
             "pipelines fail with it; install the build that fits torch "
             f"{torch.__version__}, or uninstall torchvision"
         )
@@ -200,27 +177,3 @@ def _ffmpeg() -> str | None:
     except (ImportError, RuntimeError) as error:
         return f"no ffmpeg for mp4 files ({error}); pip install imageio-ffmpeg"
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int | None:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()

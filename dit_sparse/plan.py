@@ -15,11 +15,22 @@ from torch import Tensor
 
 from dit_sparse.errors import PlanError
 from dit_sparse.grid import BlockLayout
+from dit_sparse.plan_io import (
+    MAX_CHECKED,
+    MAX_SLOTS,
+    blaming,
+    check_layout,
+    check_lists,
+    check_room,
+    read_parts,
+    write_parts,
+)
 from dit_sparse.tiles import invert_tiles, pack_tiles, unpack_tiles
 
 if TYPE_CHECKING:
     from os import PathLike
 
+_COUNTS = ("q_tokens", "kv_tokens", "dense_keys")
 _DENSITY_CHUNK = 1 << 22  # list entries looked at together
 
 
@@ -316,23 +327,28 @@ class BlockPlan:
 
     def validate(self) -> BlockPlan:
         """Check every value (reads the device) and return self; ``PlanError`` names the fault."""
-        from dit_sparse.plan_io import check_values
-
-        check_values(self)
+        check_lists(self.kv_indices, self.kv_num_blocks, self.partial, self.tiles, self.kv.blocks)
+        check_layout("q", self.q, self.q_permutation, self.query_length, whole=True)
+        check_layout("kv", self.kv, self.kv_permutation, self.key_length, whole=False)
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan to a safetensors file, atomically."""
-        from dit_sparse.plan_io import save_plan
-
-        save_plan(self, path)
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        layouts = {"q": self.q, "kv": self.kv}
+        write_parts(path, self.tensors(), layouts, counts, complete=self.complete)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BlockPlan:
         """Read a plan that ``save`` wrote, and validate it."""
-        from dit_sparse.plan_io import load_plan
-
-        return load_plan(path)
+        with blaming(path):
+            parts = read_parts(path, {field.name for field in fields(cls)}, _COUNTS)
+            for name in ("q_tokens", "kv_tokens"):
+                check_room(name, parts[name] or 1, MAX_SLOTS)
+            plan = cls(**parts)
+            slots = max(plan.q.slots, plan.kv.slots, plan.query_length, plan.key_length)
+            check_room("batch x heads x slots", plan.batch * plan.heads * slots, MAX_CHECKED)
+            return plan.validate()
 
 
 def _check_structure(plan: BlockPlan) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full value checks of a plan, and its file form (safetensors)."""
+"""The parts of a plan on their own: checks of every value, and their file form (safetensors)."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from dit_sparse.errors import GeometryError, PlanError
 from dit_sparse.grid import BlockLayout
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
     from torch import Tensor
 
 MAX_SLOTS = 8_000_000  # a grid of MAX_TOKENS, padded
@@ -25,39 +26,45 @@ MAX_CHECKED = 1 << 28  # slots over all samples and heads: 2 GiB while they are 
 PLAN_FORMAT = "dit_sparse.plan/1"
 
 
-def check_values(plan: BlockPlan) -> None:
-    """Raise ``PlanError`` at the first value that breaks the contract (reads the device)."""
-    width = plan.kv_indices.shape[-1]
-    counts = plan.kv_num_blocks
+def check_lists(
+    index: Tensor, counts: Tensor, partial: Tensor | None, tiles: Tensor | None, kv_blocks: int
+) -> None:
+    """Raise ``PlanError`` at the first list entry that breaks the contract (reads the device)."""
+    width = index.shape[-1]
     if counts.min() < 0 or counts.max() > width:
         raise PlanError(
             f"kv_num_blocks must lie in [0, {width}], got {int(counts.min())} to "
             f"{int(counts.max())}"
         )
-    index = plan.kv_indices
-    if index.numel() and (index.min() < 0 or index.max() >= plan.kv.blocks):
+    if index.numel() and (index.min() < 0 or index.max() >= kv_blocks):
         raise PlanError(
-            f"kv_indices must lie in [0, {plan.kv.blocks}), got {int(index.min())} to "
+            f"kv_indices must lie in [0, {kv_blocks}), got {int(index.min())} to "
             f"{int(index.max())}"
         )
-    entry = torch.arange(width, device=plan.device)
-    live = entry < counts[..., None]
+    live = torch.arange(width, device=index.device) < counts[..., None]
     if bool(((index[..., 1:] <= index[..., :-1]) & live[..., 1:]).any()):
         raise PlanError("kv_indices must ascend within each query block's kept entries")
-    if plan.partial is not None and plan.tiles is not None:
-        tile = plan.partial[live]
-        if tile.numel() and (tile.min() < -1 or tile.max() >= plan.tiles.shape[0]):
+    if partial is not None and tiles is not None:
+        tile = partial[live]
+        if tile.numel() and (tile.min() < -1 or tile.max() >= tiles.shape[0]):
             raise PlanError(
-                f"partial must lie in [-1, {plan.tiles.shape[0]}), got {int(tile.min())} to "
+                f"partial must lie in [-1, {tiles.shape[0]}), got {int(tile.min())} to "
                 f"{int(tile.max())}"
             )
-    _check_layout("q", plan.q, plan.q_permutation, plan.query_length, whole=True)
-    _check_layout("kv", plan.kv, plan.kv_permutation, plan.key_length, whole=False)
 
 
-def _check_layout(
+def check_layout(
     side: str, layout: BlockLayout, permutation: Tensor | None, tokens: int, *, whole: bool
 ) -> None:
+    """Raise ``PlanError`` unless the blocks of one side cover its tokens (reads the device).
+
+    Args:
+        side: "q" or "kv", for the message.
+        layout: The blocks, in slots.
+        permutation: Token of each slot; None: slots are tokens.
+        tokens: Length of the sequence.
+        whole: Whether every token must lie in a block.
+    """
     starts, lengths = layout.starts.long(), layout.lengths.long()
     if lengths.min() < 0 or lengths.max() > layout.max_length:
         raise PlanError(f"{side}.lengths must lie in [0, {layout.max_length}]")
@@ -94,36 +101,49 @@ def _check_layout(
         )
 
 
-def _check_room(key: str, value: int, most: int) -> None:
+def check_room(key: str, value: int, most: int) -> None:
     """Refuse numbers that no plan of a real model has, before memory for them is asked for."""
     if not 1 <= value <= most:
         raise PlanError(f"{key} must lie in [1, {most:,}], got {value!r:.40}")
 
 
-def save_plan(plan: BlockPlan, path: str | os.PathLike[str]) -> None:
-    """Write ``plan`` to ``path`` (safetensors); a file there is replaced whole or not at all."""
-    numbers = {"format": PLAN_FORMAT, "complete": str(int(plan.complete))}
-    for name in ("q_tokens", "kv_tokens", "dense_keys"):
-        value = getattr(plan, name)
-        numbers[name] = "" if value is None else str(value)
-    for name, layout in (("q", plan.q), ("kv", plan.kv)):
+def write_parts(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, BlockLayout],
+    counts: Mapping[str, int | None],
+    *,
+    complete: bool,
+) -> None:
+    """Write a plan's parts (safetensors); a file there is replaced whole or not at all."""
+    numbers = {"format": PLAN_FORMAT, "complete": str(int(complete))}
+    numbers |= {name: "" if value is None else str(value) for name, value in counts.items()}
+    for name, layout in layouts.items():
         numbers[name] = f"{layout.slots} {layout.max_length} {int(layout.spread)}"
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     # Clones: broadcast or shared storages (one layout for both sides) cannot be saved as such.
-    tensors = {
+    copies = {
         key: value.cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in plan.tensors().items()
+        for key, value in tensors.items()
     }
     try:
-        save_file(tensors, scratch, metadata=numbers)
+        save_file(copies, scratch, metadata=numbers)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
-    """Read a plan file, check its form and all its values."""
+def read_parts(
+    path: str | os.PathLike[str], known: Collection[str], counts: Collection[str]
+) -> dict[str, Any]:
+    """Read what ``write_parts`` wrote: the arguments of the plan by name.
+
+    Args:
+        path: The file.
+        known: Names that the plan has.
+        counts: Those that are whole numbers or None.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             numbers = file.metadata() or {}
@@ -132,33 +152,27 @@ def load_plan(path: str | os.PathLike[str]) -> BlockPlan:
         raise PlanError(f"{path}: not a readable safetensors file: {error}") from error
     if numbers.get("format") != PLAN_FORMAT:
         raise PlanError(f"{path}: wanted format {PLAN_FORMAT!r}, got {numbers.get('format')!r}")
-    known = {field.name for field in fields(BlockPlan)}
+    parts: dict[str, Any] = {"complete": numbers["complete"] == "1"}
+    for name in ("q", "kv"):
+        slots, longest, spread = (int(part) for part in numbers[name].split())
+        check_room(f"{name}: slots", slots, MAX_SLOTS)
+        check_room(f"{name}: max_length", longest, max(slots, MAX_LENGTH))
+        starts, lengths = tensors.pop(f"{name}.starts"), tensors.pop(f"{name}.lengths")
+        parts[name] = BlockLayout(starts, lengths, slots, longest, bool(spread))
+    if unknown := set(tensors) - set(known):
+        raise PlanError(f"{path}: unknown tensors {sorted(unknown)}")
+    parts |= {name: int(numbers[name]) if numbers[name] else None for name in counts}
+    return parts | tensors
+
+
+@contextmanager
+def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong with a file's content into a ``PlanError`` that names the file."""
     try:
-        layouts = {}
-        for name in ("q", "kv"):
-            slots, longest, spread = (int(part) for part in numbers[name].split())
-            _check_room(f"{name}: slots", slots, MAX_SLOTS)
-            _check_room(f"{name}: max_length", longest, max(slots, MAX_LENGTH))
-            starts, lengths = tensors.pop(f"{name}.starts"), tensors.pop(f"{name}.lengths")
-            layouts[name] = BlockLayout(starts, lengths, slots, longest, bool(spread))
-        if unknown := set(tensors) - known:
-            raise PlanError(f"{path}: unknown tensors {sorted(unknown)}")
-        counts: dict[str, Any] = {
-            name: int(numbers[name]) if numbers[name] else None
-            for name in ("q_tokens", "kv_tokens", "dense_keys")
-        }
-        plan = BlockPlan(
-            layouts["q"], layouts["kv"], **tensors, **counts, complete=numbers["complete"] == "1"
-        )
-        for name in ("q_tokens", "kv_tokens"):
-            _check_room(name, counts[name] or 1, MAX_SLOTS)
-        slots = max(plan.q.slots, plan.kv.slots, plan.query_length, plan.key_length)
-        _check_room("batch x heads x slots", plan.batch * plan.heads * slots, MAX_CHECKED)
-        plan.validate()
+        yield
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
         if isinstance(error, PlanError | GeometryError) and str(path) not in str(error):
             raise PlanError(f"{path}: {error}") from error
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"{path}: damaged plan file: {error!r}") from error
-    return plan

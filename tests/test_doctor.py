@@ -11,6 +11,7 @@ import torch
 
 from dit_sparse import backends, doctor
 from dit_sparse.kernels import cpu, reference
+from dit_sparse.machine import environment
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_this_machine_is_well():
 
 
 def test_the_environment_is_plain_data():
-    found = doctor.environment()
+    found = environment()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["packages"]["torch"] == version("torch")
     assert found["torch_threads"] == torch.get_num_threads()

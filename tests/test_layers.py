@@ -67,7 +67,7 @@ LAYERS = {
     "call": Layer(("call", "traits"), ("plan",)),
     "plan": Layer(("plan", "plan_io", "tiles", "nbytes"), ("grid",)),
     "grid": Layer(("grid", "synthetic"), ("base",)),
-    "base": Layer(("errors", "prompts", "reading", "_version"), ()),
+    "base": Layer(("errors", "prompts", "reading", "machine", "core", "_version"), ()),
 }
 
 # Who may import what is not ours; anyone, where a name is not here.

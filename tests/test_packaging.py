@@ -118,7 +118,13 @@ def test_wheel_holds_the_package_and_nothing_else(root, wheel):
     package = root / "dit_sparse"
     wanted = {
         path.relative_to(root).as_posix()
-        for pattern in ("**/*.py", "profiles/*.json", "py.typed", "kernels/native/*.*")
+        for pattern in (
+            "**/*.py",
+            "**/templates/*",
+            "profiles/*.json",
+            "py.typed",
+            "kernels/native/*.*",
+        )
         for path in package.glob(pattern)
     }
     assert "dit_sparse/py.typed" in wanted

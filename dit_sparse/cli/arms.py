@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse import DitSparseError, Strategy
 from dit_sparse.cli.console import ERR, UserError, first_line, say
-from dit_sparse.strategy import Schedule
+from dit_sparse.errors import DitSparseError
+from dit_sparse.schedule import Schedule
+from dit_sparse.strategy import Strategy
 from dit_sparse.video import as_uint8
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from typing_extensions import Self
 
-    from dit_sparse import SparseAttention
+    from dit_sparse.apply import SparseAttention
     from dit_sparse.report import Report
     from dit_sparse.video import Frames
 

@@ -144,7 +144,7 @@ def _show(
 
 def _apart(change: Change) -> tuple[str, str]:
     """Write both sides: params that are not as usual; of one method only those that differ."""
-    from dit_sparse.profiler.difference import words
+    from dit_sparse.methods.params import words
 
     (a_name, a), (b_name, b) = change.one, change.other
     if a_name != b_name:

@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
-from dit_sparse import Strategy, enable
+from dit_sparse.apply import enable
 from dit_sparse.backends import Backends
 from dit_sparse.cli.console import OUT, UserError, progress, say, styled
 from dit_sparse.cli.making import Maker
@@ -26,14 +26,15 @@ from dit_sparse.cli.source import (
     local_folder,
     machine,
 )
-from dit_sparse.doctor import environment
 from dit_sparse.identity import pipeline_identity, versions
+from dit_sparse.machine import environment
 from dit_sparse.quality.catalogue import chosen
 from dit_sparse.quality.evaluation import Store, generate, measure, open_store
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Setup
 from dit_sparse.quality.gates import parse_gates
 from dit_sparse.quality.report import write_evaluation
 from dit_sparse.quality.summary import Pair, Summary, summarise
+from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,8 @@ from dit_sparse.strategy import Schedule
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dit_sparse import SparseAttention, Strategy
+    from dit_sparse.apply import SparseAttention
+    from dit_sparse.strategy import Strategy
 
 BACKENDS = {
     "math": "MATH",

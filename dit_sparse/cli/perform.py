@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse import Strategy, enable
+from dit_sparse.apply import enable
 from dit_sparse.backends import Backends
 from dit_sparse.cli import receipt
 from dit_sparse.cli.arms import Runner
@@ -27,8 +27,9 @@ from dit_sparse.cli.source import (
     local_folder,
     machine,
 )
-from dit_sparse.doctor import environment
 from dit_sparse.guarantee import Guarantee
+from dit_sparse.machine import environment
+from dit_sparse.strategy import Strategy
 from dit_sparse.video import frame_strip, write_mp4, write_png
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-    from dit_sparse import SparseAttention
+    from dit_sparse.apply import SparseAttention
     from dit_sparse.cli.arms import Runs
     from dit_sparse.cli.lora import Lora
     from dit_sparse.quality import Scores

@@ -64,3 +64,15 @@ def params_of(method: Method) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
     return plain
+
+
+def words(doing: tuple[str, Mapping[str, Any]], *, short: bool = False) -> str:
+    """Write a method with its params; ``short`` leaves out those that have their defaults."""
+    name, params = doing
+    usual = params_of(build_method(name, {})) if short else {}
+    told = ", ".join(
+        f"{key} {value}"
+        for key, value in params.items()
+        if key not in usual or value != usual[key]
+    )
+    return f"{name} ({told})" if told else name

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.pipelines import hooks
+from dit_sparse.pipelines import taps
 from dit_sparse.pipelines.processors import SITE, release
 
 if TYPE_CHECKING:
@@ -27,5 +27,5 @@ def clear(model: Any) -> bool:
         release(site.module.processor)
         site.module.__dict__.pop(SITE, None)
     if left:
-        hooks.detach(model)
+        taps.detach(model)
     return bool(left)

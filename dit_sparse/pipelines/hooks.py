@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dit_sparse.errors import AttachError
-from dit_sparse.pipelines import taps
 from dit_sparse.pipelines.family import empty
 from dit_sparse.pipelines.site import HERE, UNPLACED
 
@@ -279,18 +278,3 @@ def _replace(module: nn.Module, ours: Forward, other: Any) -> bool:
                 setattr(reference, name, other)
                 return True
     return False
-
-
-def attach(module: nn.Module, listener: Listener, family: Family, heads: int) -> None:
-    """Put hooks and taps on a transformer."""
-    root = Root(listener, family, module)
-    module.__dict__[ROOT] = root
-    taps.attach(module, listener, root, heads)
-
-
-def detach(module: nn.Module) -> None:
-    """Take them off; where something wraps ``forward`` that hides ours, an inert one stays."""
-    taps.detach(module)
-    root = module.__dict__.pop(ROOT, None)
-    if root is not None:
-        root.remove(module)

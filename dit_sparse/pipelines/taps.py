@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import parallel
+from dit_sparse.pipelines.hooks import ROOT, Root
 from dit_sparse.pipelines.site import HERE
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dit_sparse.pipelines.hooks import Listener, Root
+    from dit_sparse.pipelines.family import Family
+    from dit_sparse.pipelines.hooks import Listener
 
 
 class _Tap:
@@ -104,14 +106,19 @@ class ParallelTap(_Tap):
 TAPS = (ContextTap, ResetTap, ParallelTap)
 
 
-def attach(module: nn.Module, listener: Listener, root: Root, heads: int) -> None:
-    """Put a tap before each of the methods that the model has."""
+def attach(module: nn.Module, listener: Listener, family: Family, heads: int) -> None:
+    """Put the hooks on a transformer, and a tap before each of the methods that it has."""
+    root = Root(listener, family, module)
+    module.__dict__[ROOT] = root
     for tap in TAPS:
         if hasattr(module, tap.name):
             module.__dict__[tap.name] = tap(listener, module, root, heads)
 
 
 def detach(module: nn.Module) -> None:
-    """Take them away."""
+    """Take them off; where something wraps ``forward`` that hides ours, an inert one stays."""
     for tap in TAPS:
         module.__dict__.pop(tap.name, None)
+    root = module.__dict__.pop(ROOT, None)
+    if root is not None:
+        root.remove(module)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from dit_sparse.grid import LatentsGrid
     from dit_sparse.plan import BlockPlan
     from dit_sparse.profiler.candidates import Candidate, Wanted
-    from dit_sparse.profiler.wish import Wish
 
 SAMPLE_SMALL, SAMPLE = 16, 64  # rows of blocks, below SMALL_GRID tokens and from there on
 BRANCHES = {"cond", "both"}  # the unconditional pass is not measured, it gets the same strategy
@@ -210,7 +209,7 @@ def capture(
     *,
     band: int | None = None,
     before: Strategy | None = None,
-    greedy: Wish | None = None,
+    follow: Callable[[Capture], Strategy] | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Generate once and measure.
@@ -223,7 +222,8 @@ def capture(
         how: What to measure.
         band: The only one to measure; the generation ends with it. None: all.
         before: What runs in the bands that were decided before; None: dense.
-        greedy: Let each measured layer pass on what this wish chooses for it.
+        follow: Makes the strategy that runs while the listener measures, instead of ``before``
+            (``Greedy.strategy``); it asks the listener itself.
         tick: Called with (calls measured, calls to measure).
 
     Returns:
@@ -232,15 +232,13 @@ def capture(
     Raises:
         ProfileError: No call could be measured; says why they were declined.
     """
-    from dit_sparse.profiler.greedy import Greedy
-
     with enable(pipe, before or Strategy.single("dense")) as handle, torch.no_grad():
         layers = max(stage.num_layers for stage in handle.stages.values())
         listener = Capture(how, band, tick, layers)
-        if greedy is None:
+        if follow is None:
             handle.watch = listener
         else:
-            handle.strategy = Greedy(listener, greedy).strategy()
+            handle.strategy = follow(listener)
         with suppress(Enough):
             pipe(**call_of(pipe, arguments, seed))
         reasons = handle.report().reasons

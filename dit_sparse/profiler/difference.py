@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.methods.params import build_method, params_of
+from dit_sparse.methods.params import params_of, words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,18 +153,6 @@ def about(
             if a_keys.get(key) != b_keys.get(key)
         ]
     return found
-
-
-def words(doing: Doing, *, short: bool = False) -> str:
-    """Write a method with its params; ``short`` leaves out those that have their defaults."""
-    name, params = doing
-    usual = params_of(build_method(name, {})) if short else {}
-    told = ", ".join(
-        f"{key} {value}"
-        for key, value in params.items()
-        if key not in usual or value != usual[key]
-    )
-    return f"{name} ({told})" if told else name
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 from dit_sparse.errors import StrategyError
 from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods import method_class
-from dit_sparse.methods.params import params_of
+from dit_sparse.methods.params import params_of, words
 from dit_sparse.profiler.candidates import BLOCK, SMALL_BLOCK, block_for
 from dit_sparse.profiler.counted import counted_density, grid_of
-from dit_sparse.profiler.difference import words
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.strategy import Grid, Strategy
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.profiler.capture import capture
 from dit_sparse.profiler.errors import ProfileError
+from dit_sparse.profiler.greedy import Greedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,6 +77,7 @@ class Work:
         greedy: Wish | None = None,
     ) -> None:
         """Measure this process's share of the units that are not there yet; then wait."""
+        follow = None if greedy is None else lambda seen: Greedy(seen, greedy).strategy()
         count = 1 if self.state is None else int(self.state.num_processes)
         own = range(self.index, len(self.jobs), count)
         named = "" if band is None else f" band {band + 1}"
@@ -89,7 +91,7 @@ class Work:
                 call, seed = self.jobs[number]
                 unit = capture(
                     self.pipe, call, seed, self.how,
-                    band=band, before=before, greedy=greedy, tick=tick,
+                    band=band, before=before, follow=follow, tick=tick,
                 )  # fmt: skip
                 self.store.write_unit(number, unit, band)
             if self.progress is not None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dit_sparse.cli import app
-from dit_sparse.methods.params import params_of
-from dit_sparse.profiler.difference import about, changes, ranges, words
+from dit_sparse.methods.params import params_of, words
+from dit_sparse.profiler.difference import about, changes, ranges
 from dit_sparse.strategy import Grid, Model, Receipt, Rule, Strategy
 
 LAYERS, HEADS, STEPS = 3, 4, 6

@@ -3,22 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from markupsafe import Markup
-
-from dit_sparse._version import __version__
-from dit_sparse.quality.report import pictures, style
+from dit_sparse.core.pages import render
+from dit_sparse.quality.report import pictures
 from dit_sparse.quality.report.charts import curve, number
 from dit_sparse.video import DIFFERENCE_FULL
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from markupsafe import Markup
 
     from dit_sparse.quality.clips import Clip
     from dit_sparse.quality.compare import Comparison
     from dit_sparse.quality.scores import Scores
 
+TEMPLATE = Path(__file__).parent / "templates" / "comparison.html"
 CURVES = ("psnr", "psnr_temporal", "ssim", "lpips_alex", "lpips_vgg", "vmaf")
 BETTER = {"higher": "higher", "lower": "lower", "one": "near 1", "zero": "near 0"}
 KIND = {
@@ -26,33 +26,6 @@ KIND = {
     "lossless": "lossless file: every byte as it was made",
     "lossy": "lossy file: what is measured includes its compression",
 }
-PAGE = """{% extends "base.html" %}{% import "macros.html" as part with context %}
-{% block body %}
-<section class="card"><h2>Side by side</h2><div class="heads"><span>dense</span>
-<span>sparse</span></div>
-{% if pair %}{{ part.player(pair, pixelated) }}
-<details><summary>Show the difference as a video</summary><div class="small-video">
-{{ part.player(gap, pixelated) }}</div></details>
-{% else %}<div class="heads"><img class="still{{ ' pixel' if pixelated }}" alt="dense"
-src="{{ strip[0].cells[0] }}"><img class="still{{ ' pixel' if pixelated }}" alt="sparse"
-src="{{ strip[0].cells[1] }}"></div>{% endif %}</section>
-{% if curves %}<section class="card"><h2>Frame by frame</h2>
-<div class="curves">{% for name, definition, drawing in curves %}<div class="curve">
-<h3 title="{{ definition }}">{{ name }}</h3>{{ drawing }}</div>{% endfor %}</div>
-</section>{% endif %}
-<section class="card"><h2>Frames and their difference</h2>
-<div class="strip" style="grid-template-columns:76px repeat({{ strip|length }},minmax(96px,1fr))">
-<span></span>{% for shown in strip %}<span class="top">{{ shown.caption }}</span>{% endfor %}
-{% for row in ("dense", "sparse", "difference") %}{% set i = loop.index0 %}
-<span class="row">{{ row }}</span>{% for shown in strip %}<img
- {% if shown.pixelated %}class="pixel"{% endif %} alt="{{ row }}, {{ shown.caption }}"
- src="{{ shown.cells[i] }}">{% endfor %}{% endfor %}</div>
-<div class="scale"><span>0</span><i></i><span>{{ full }} or more of 255 levels, the largest of
-R, G, B; the same scale in every report</span></div></section>
-<section class="card"><h2>All numbers</h2>{{ part.metrics(rows) }}</section>
-{% if context %}<section class="card"><h2>What ran</h2>{{ part.facts(context) }}</section>
-{% endif %}<section class="card"><h2>How it was measured</h2>{{ part.facts(how) }}</section>
-{% endblock %}"""
 
 
 class Tile(NamedTuple):
@@ -69,32 +42,27 @@ def page(found: Comparison, folder: Path) -> str:
     video = int(found.settings["frames_compared"]) > 1 and min(_size(found.dense)) > 1
     told = found.context
     title = told.get("prompt") or f"{_name(found.dense)} and {_name(found.sparse)}"
-    return (
-        style.environment()
-        .get_template("comparison.html")
-        .render(
-            css=Markup(style.CSS),  # noqa: S704  (a constant of ours)
-            version=__version__,
-            kind="quality of one pair",
-            title=title,
-            subtitle=subtitle(told),
-            passed=found.passed,
-            # A pair of an evaluation: its gates are held against medians, on that page.
-            verdicts=None
-            if "asked" in told and not found.verdicts
-            else [(str(v), v.passed) for v in found.verdicts],
-            notes=found.notes,
-            tiles=tiles(found),
-            pair=pictures.side_by_side(found, folder) if video else None,
-            gap=pictures.difference_video(found, folder) if video else None,
-            pixelated=found.dense.width <= pictures.CELL / 2,
-            curves=_curves(found),
-            strip=pictures.strip(found),
-            full=DIFFERENCE_FULL,
-            rows=[shown(row) for row in found.rows.values()],
-            context=[(key.replace("_", " "), _plain(value)) for key, value in told.items()],
-            how=_how(found),
-        )
+    return render(
+        TEMPLATE,
+        kind="quality of one pair",
+        title=title,
+        subtitle=subtitle(told),
+        passed=found.passed,
+        # A pair of an evaluation: its gates are held against medians, on that page.
+        verdicts=None
+        if "asked" in told and not found.verdicts
+        else [(str(v), v.passed) for v in found.verdicts],
+        notes=found.notes,
+        tiles=tiles(found),
+        pair=pictures.side_by_side(found, folder) if video else None,
+        gap=pictures.difference_video(found, folder) if video else None,
+        pixelated=found.dense.width <= pictures.CELL / 2,
+        curves=_curves(found),
+        strip=pictures.strip(found),
+        full=DIFFERENCE_FULL,
+        rows=[shown(row) for row in found.rows.values()],
+        context=[(key.replace("_", " "), _plain(value)) for key, value in told.items()],
+        how=_how(found),
     )
 
 

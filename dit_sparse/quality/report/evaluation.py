@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
-from dit_sparse._version import __version__
+from dit_sparse.core.pages import render
 from dit_sparse.quality.evaluation_setup import FLOOR
-from dit_sparse.quality.report import pictures, style
+from dit_sparse.quality.report import pictures
 from dit_sparse.quality.report.charts import Point, number, pareto
 from dit_sparse.quality.report.comparison import BETTER, Tile
 from dit_sparse.quality.report.markdown import escape
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from markupsafe import Markup
 
     from dit_sparse.quality.scores import Scores
     from dit_sparse.quality.summary import Arm, Pair, Summary
 
+TEMPLATE = Path(__file__).parent / "templates" / "evaluation.html"
 COLUMNS = (
     ("psnr", "PSNR, dB"),
     ("psnr_temporal", "temporal PSNR, dB"),
@@ -30,41 +30,6 @@ COLUMNS = (
     ("sharpness_ratio", "sharpness"),
 )
 SHOWN = 2  # clips of each strategy on the page: the worst one and the middle one
-PAGE = """{% extends "base.html" %}{% import "macros.html" as part with context %}
-{% block body %}
-<section class="card"><h2>Strategies</h2><div class="wide"><table><thead><tr><th>strategy</th>
-<th class="n">speed-up</th><th class="n">density</th>
-{% for name in heads %}<th class="n">{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in table %}<tr><td class="mono name-cell">{{ row.label }}</td>
-<td class="n"><b>{{ row.speed }}</b><br><span class="def">{{ row.range }}</span></td>
-<td class="n">{{ row.density }}</td>
-{% for value, worst in row.cells %}<td class="n"><b>{{ value }}</b><br>
-<span class="def">{{ worst }}</span></td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-<p class="sub">Medians over {{ pairs }}; below them the lowest and highest speed-up, and the worst
-pair. Speed-up: seconds of the whole dense call / seconds of this one.</p></section>
-{% if plot %}<section class="card"><h2>Speed against quality</h2>{{ plot }}
-<p class="sub">Points are medians, bars reach from the worst to the best pair. A dotted line
-joins settings that neither another one nor the dense run beats in both.</p></section>{% endif %}
-{% for arm in clips %}<section class="card"><h2>{{ arm.label }}: what it looks like</h2>
-<div class="two">{% for clip in arm.clips %}<div>
-<div class="heads"><span>dense</span><span>sparse</span></div>
-{{ part.player(clip.video, pixelated) if clip.video else '' }}
-{% if clip.still %}<img class="still{{ ' pixel' if pixelated }}" alt="dense, sparse"
-src="{{ clip.still }}">{% endif %}
-<p class="sub">{{ clip.caption }} · <a href="{{ clip.page }}">all its numbers</a></p>
-</div>{% endfor %}</div></section>{% endfor %}
-<section class="card"><h2>Every pair, the worst first</h2><div class="wide"><table><thead><tr>
-<th>prompt</th><th class="n">seed</th><th>strategy</th><th class="n">speed-up</th>
-{% for name in heads %}<th class="n">{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in every %}<tr><td><a href="{{ row.page }}">{{ row.prompt }}</a></td>
-<td class="n">{{ row.seed }}</td><td class="mono name-cell">{{ row.label }}</td>
-<td class="n">{{ row.speed }}</td>{% for value in row.cells %}<td class="n">{{ value }}</td>
-{% endfor %}</tr>{% endfor %}</tbody></table></div></section>
-<section class="card"><h2>What the columns mean</h2><div class="wide"><table><tbody>
-{% for row in meanings %}<tr><td class="mono name-cell">{{ row.0 }}</td><td>{{ row.1 }}</td>
-<td class="def">{{ row.2 }}</td></tr>{% endfor %}</tbody></table></div></section>
-<section class="card"><h2>How it was measured</h2>{{ part.facts(how) }}</section>
-{% endblock %}"""
 HOW = (
     "Dense and sparse clips come from one process, one attachment and one seed each: the dense "
     'arm is the same engine told to use the method "dense", the model\'s own attention. Each arm '
@@ -84,32 +49,26 @@ def page(found: Summary, root: Path, scratch: Path) -> str:
     ]
     arms = [*found.arms, *([] if found.floor is None else [found.floor])]
     setup = found.setup
-    return (
-        style.environment()
-        .get_template("evaluation.html")
-        .render(
-            css=Markup(style.CSS),  # noqa: S704  (a constant of ours)
-            version=__version__,
-            kind="evaluation",
-            title=f"{setup.model}: {', '.join(arm.label for arm in found.arms)}",
-            subtitle=[_counted(found)],
-            passed=found.passed,
-            verdicts=[(f"{a.label}: {v}", v.passed) for a in found.arms for v in a.verdicts],
-            notes=found.notes,
-            tiles=_tiles(found),
-            heads=[label for _, label in names],
-            table=[_table_row(arm, names, setup.floor) for arm in arms],
-            pairs=_counted(found),
-            plot=_plot(found),
-            clips=[_clips(arm, root, scratch) for arm in found.arms],
-            pixelated=size["width"] <= pictures.CELL / 2,
-            every=_every(found, names),
-            meanings=[
-                (name, BETTER[row.better], row.definition)
-                for name, row in found.arms[0].rows.items()
-            ],
-            how=_how(found),
-        )
+    return render(
+        TEMPLATE,
+        kind="evaluation",
+        title=f"{setup.model}: {', '.join(arm.label for arm in found.arms)}",
+        subtitle=[_counted(found)],
+        passed=found.passed,
+        verdicts=[(f"{a.label}: {v}", v.passed) for a in found.arms for v in a.verdicts],
+        notes=found.notes,
+        tiles=_tiles(found),
+        heads=[label for _, label in names],
+        table=[_table_row(arm, names, setup.floor) for arm in arms],
+        pairs=_counted(found),
+        plot=_plot(found),
+        clips=[_clips(arm, root, scratch) for arm in found.arms],
+        pixelated=size["width"] <= pictures.CELL / 2,
+        every=_every(found, names),
+        meanings=[
+            (name, BETTER[row.better], row.definition) for name, row in found.arms[0].rows.items()
+        ],
+        how=_how(found),
     )
 
 

@@ -1,40 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-"""What makes the page move: style and script, inline, no library, no network.
-
-The script draws the map from the page's data, one square for each head, and shows a head's own
-choice where it is clicked (or walked to with the arrow keys). ``page.html#error`` opens it
-coloured by error, and so on. Data stands in one JSON object; see
-``page.data_of`` for its form.
-"""
-
-from __future__ import annotations
-
-CSS = """
-.pick { display:flex; flex-wrap:wrap; gap:6px; margin-bottom:10px }
-.pick button { font:inherit; font-size:13.5px; padding:4px 12px; border-radius:999px;
-  border:1px solid var(--line); background:var(--card); color:var(--ink); cursor:pointer }
-.pick button[aria-pressed=true] { background:var(--accent); border-color:var(--accent);
-  color:var(--card) }
-.maps { display:flex; flex-wrap:wrap; gap:18px 26px; align-items:flex-start }
-.map h3 { font-size:13.5px; font-weight:600; margin:0 0 4px }
-.map svg { width:auto; height:auto; max-width:100% } .map rect { cursor:pointer }
-.map rect.on { stroke:var(--ink); stroke-width:2.5 }
-.map rect:hover { stroke:var(--ink); stroke-width:1.5 }
-.legend { display:flex; flex-wrap:wrap; gap:4px 16px; align-items:center; margin-top:12px;
-  color:var(--soft); font-size:13px }
-.legend i { display:inline-block; width:14px; height:14px; border-radius:3px; margin-right:6px;
-  vertical-align:-2px } .legend i.ramp { width:150px }
-.unknown { background:repeating-linear-gradient(45deg,#c9ced6 0 2px,#fff 2px 5px) }
-#spot dl { grid-template-columns:minmax(120px,230px) 1fr }
-.shots { display:flex; flex-wrap:wrap; gap:16px 24px; margin:12px 0 }
-.shots figure { margin:0; max-width:100% } .shots figcaption { color:var(--soft);
-  font-size:12.5px; max-width:300px; margin-top:4px }
-.shots img { display:block; image-rendering:pixelated; border:1px solid var(--line);
-  max-width:100%; background:#fff }
-.chosen td { background:var(--accent-bg) }
-"""
-
-SCRIPT = r"""
 (function () {
 const D = JSON.parse(document.getElementById("data").textContent);
 const NS = "http://www.w3.org/2000/svg", $ = id => document.getElementById(id);
@@ -230,4 +193,3 @@ if (named >= 0) quantity = named;
 paint();
 show(Math.max(0, D.choice_of.findIndex(c => D.choices[c].method !== "dense")));
 })();
-"""
