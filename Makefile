@@ -7,6 +7,7 @@
 #   make fidelity   what every method costs in quality on the small models (hours on a CPU)
 #   make wheels  wheels for every platform, each with its native kernel, and the sdist, in dist
 #   make docs    the documentation as a site, in outputs/site (index.html opens from the disk)
+#   make floors  the folders of the package, their sizes, and what each imports
 #   make clean   remove the environments
 #
 # Each makes its own environment in .venv where there is none; it needs Python >= 3.10 and make.
@@ -33,11 +34,11 @@ SOURCES := pyproject.toml dit_sparse/_version.py .ci/build_backend.py \
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check lint bench fidelity wheels docs clean
+.PHONY: help demo test test-oldest check lint floors bench fidelity wheels docs clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@sed -n '3,16s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
@@ -58,6 +59,9 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+floors: $(VENV)/.dev
+	@$(BIN)/python -m tests.floors
 
 check: lint
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -17,10 +17,10 @@ import torch
 from diffusers import WanPipeline
 
 from dit_sparse import LatentsGrid, sparse_attention
-from dit_sparse.call import AttentionCall
-from dit_sparse.envelope import Envelope, probe
-from dit_sparse.guarantee import Guarantee
-from dit_sparse.probe import dense_output, relative_error, spread_rows
+from dit_sparse.attach.envelope import Envelope, probe
+from dit_sparse.attach.guarantee import Guarantee
+from dit_sparse.attach.probe import dense_output, relative_error, spread_rows
+from dit_sparse.core.call import AttentionCall
 
 MODEL = Path(__file__).parent / "wan-tiny"
 PROMPT = "a red circle moving right"

@@ -83,7 +83,7 @@ def huge_picture(tmp_path):
 def huge_video(tmp_path):
     """The same picture as the one frame of a video."""
     # Not at the top: beside torch 2.9 it loads Triton, which must find the setting above.
-    from dit_sparse.video import encode
+    from dit_sparse.core.video import encode
 
     path = tmp_path / "huge.mkv"
     encode(path, [np.zeros((16, 16, 3), np.uint8)], (16, 16), 1, ["-c:v", "png"])

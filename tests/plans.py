@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from dit_sparse.grid import BlockLayout, LatentsGrid
-from dit_sparse.plan import BlockPlan
-from dit_sparse.tiles import pack_bits
+from dit_sparse.core.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.core.tiles import pack_bits
 from tests.strategies import batches, generator, head_counts, seeds
 
 lengths = st.lists(st.integers(1, 13), min_size=1, max_size=6)

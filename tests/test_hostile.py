@@ -20,19 +20,19 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dit_sparse import Strategy
+from dit_sparse.attach.runtime import Runtime
 from dit_sparse.cli import app, console, receipt
 from dit_sparse.cli.console import Terminal, styled
+from dit_sparse.core.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.core.prompts import read_prompt_file
 from dit_sparse.errors import DitSparseError, GeometryError, PlanError, StrategyError
-from dit_sparse.grid import BlockLayout, LatentsGrid
+from dit_sparse.forecast.counted import counted_density
 from dit_sparse.inspect.atlas import Atlas, Band, Layout
 from dit_sparse.inspect.page import page
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.params import param_names
-from dit_sparse.plan import BlockPlan
-from dit_sparse.profiler.counted import counted_density
-from dit_sparse.prompts import read_prompt_file
 from dit_sparse.quality.clips import open_clip
-from dit_sparse.runtime import Runtime
 from tests import hub_server, tiny
 
 MARKS = "[/] [bold]x[/bold] :boom: <b>&amp;"  # markup of rich, an emoji code, HTML

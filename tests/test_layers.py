@@ -1,75 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports go downwards only: reads every import of the package and fails on an upward arrow."""
+"""Imports go downwards only: every import of the package is held against ``tests/floors.py``."""
 
 from __future__ import annotations
 
 import ast
-from graphlib import TopologicalSorter
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from dit_sparse.methods import METHODS
+from tests.floors import (
+    ASIDE,
+    FACE,
+    FLOORS,
+    GROUND,
+    PACKAGE,
+    ROOT,
+    allowed,
+    arrows,
+    floor,
+    folder,
+    imports,
+    modules,
+)
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "dit_sparse"
-TABLE = "tests/test_layers.py"
-
-
-class Layer(NamedTuple):
-    """Modules of one layer (a folder counts with all that is in it) and the layers right below."""
-
-    modules: tuple[str, ...]
-    below: tuple[str, ...]
-
-
-# A module may import its own layer and all that its arrows lead to. A new module goes into the row
-# it belongs to; a new row needs a reason in docs/decisions/.
-LAYERS = {
-    "cli": Layer(("cli", "__main__"), ("package", "profiler", "distill", "bench", "inspect")),
-    "package": Layer(("",), ("apply", "profiler")),  # dit_sparse/__init__.py
-    "profiler": Layer(("profiler",), ("apply", "quality", "bench")),
-    "distill": Layer(("distill",), ("apply", "video")),
-    "quality": Layer(("quality",), ("apply", "video")),
-    "bench": Layer(("bench",), ("apply", "doctor")),
-    "inspect": Layer(("inspect",), ("profiler",)),  # shows what a search measured
-    "doctor": Layer(("doctor",), ("strategy", "backends", "pipelines")),
-    "video": Layer(("video",), ("base",)),
-    "apply": Layer(("apply", "runtime"), ("engine", "strategy", "pipelines", "forecast")),
-    "engine": Layer(
-        (
-            "engine",
-            "compute",
-            "describe",
-            "run",
-            "idle",
-            "envelope",
-            "guarantee",
-            "head_groups",
-            "head_share",
-            "memory",
-        ),
-        ("strategy", "pipelines", "report"),
-    ),
-    "forecast": Layer(("forecast",), ("strategy", "backends", "pipelines")),
-    "report": Layer(("report", "probe"), ("ops", "reference")),
-    "strategy": Layer(
-        ("strategy", "strategy_form", "strategy_io", "hub", "schedule", "profiles", "identity"),
-        ("methods",),
-    ),
-    "pipelines": Layer(("pipelines",), ("grid",)),  # an adapter never sees a method
-    "methods": Layer(("methods",), ("call",)),  # a method never sees a kernel
-    "ops": Layer(("ops",), ("backends", "call")),
-    "backends": Layer(("backends", "canary"), ("kernels", "reference")),
-    "kernels": Layer(("kernels",), ("plan",)),  # a kernel never sees a model
-    "reference": Layer(("kernels.reference",), ("plan",)),  # shares no arithmetic with a kernel
-    "call": Layer(("call", "traits"), ("plan",)),
-    "plan": Layer(("plan", "plan_io", "tiles", "nbytes"), ("grid",)),
-    "grid": Layer(("grid", "synthetic"), ("base",)),
-    "base": Layer(("errors", "prompts", "reading", "machine", "core", "_version"), ()),
-}
-
+TABLE = "tests/floors.py"
 # Who may import what is not ours; anyone, where a name is not here.
 OUTSIDE = {
     "diffusers": {"pipelines", "cli", "distill"},  # distill loads the pipeline it trains
@@ -82,38 +39,8 @@ OUTSIDE = {
 }
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 READS_ENVIRONMENT = {"cli"}
-
-
-def layer_of(module: str) -> str | None:
-    """Name the layer of ``module`` (dotted, below the package), the longest row that fits."""
-    fits = {
-        len(prefix): name
-        for name, layer in LAYERS.items()
-        for prefix in layer.modules
-        if module == prefix or (prefix and module.startswith(f"{prefix}."))
-    }
-    return fits[max(fits)] if fits else None
-
-
-def reach(name: str) -> set[str]:
-    """All layers that ``name`` may import, itself included."""
-    return {name}.union(*(reach(below) for below in LAYERS[name].below))
-
-
-def imports(tree: ast.Module, module: str, *, is_package: bool) -> list[tuple[int, str, str]]:
-    """List (line, module, name or '') of every import, those inside functions included."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name, "") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = [PACKAGE, *filter(None, module.split("."))]
-                up = parts[: len(parts) - node.level + is_package]
-                base = ".".join([*up, *filter(None, [base])])
-            found += [(node.lineno, base, alias.name) for alias in node.names]
-    return found
+# The reference shares no arithmetic with a kernel, and a kernel does not know that others exist.
+CHOOSERS = {"kernels.dispatch", "kernels.canary"}
 
 
 def reads_environment(tree: ast.Module) -> list[int]:
@@ -137,44 +64,55 @@ def reads_environment(tree: ast.Module) -> list[int]:
 
 def violations(package: Path) -> list[str]:
     """Say, a line each, which file of the package imports what it may not."""
-    files = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    folders = {".".join(m.split(".")[:-1]) for m in files}
+    files = modules(package)
     found = []
     for module, path in files.items():
         where = path.relative_to(package.parent).as_posix()
-        own = layer_of(module)
-        if own is None:
-            found.append(f"{where} is in no layer: add '{module}' to a row of LAYERS ({TABLE})")
+        own = folder(module)
+        if own not in GROUND | FACE and floor(own) is None:
+            found.append(f"{where} is on no floor: move it into a folder of FLOORS ({TABLE})")
             continue
-        allowed = reach(own)
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        is_package = path.name == "__init__.py"
-        for line, base, name in imports(tree, module, is_package=is_package):
-            top, _, rest = base.partition(".")
-            if top != PACKAGE:
-                if own not in OUTSIDE.get(top, {own}):
-                    only = ", ".join(sorted(OUTSIDE[top])) or "nobody"
-                    found.append(f"{where}:{line} imports {top}, which only these may: {only}")
-                continue
-            inner = f"{rest}.{name}".strip(".")  # `from dit_sparse.methods import radial`
-            target = inner if inner in files or inner in folders else rest
-            layer = layer_of(target)
-            if layer is None and target not in files:
-                found.append(f"{where}:{line} imports {base}, in no layer of LAYERS ({TABLE})")
-            elif layer is not None and layer not in allowed:
-                found.append(
-                    f"{where}:{line} imports {f'{PACKAGE}.{target}'.strip('.')} ({layer}): "
-                    f"{own} may import {', '.join(sorted(allowed))}"
-                )
+        for line, base, _ in imports(tree, module, is_package=path.name == "__init__.py"):
+            top = base.partition(".")[0]
+            if own not in OUTSIDE.get(top, {own}):
+                only = ", ".join(sorted(OUTSIDE[top])) or "nobody"
+                found.append(f"{where}:{line} imports {top}, which only these may: {only}")
         if own not in READS_ENVIRONMENT:
             found += [
-                f"{where}:{line} reads the environment: only cli.py does, pass the value down"
+                f"{where}:{line} reads the environment: only cli/ does, pass the value down"
                 for line in reads_environment(tree)
             ]
+    for module, line, target in arrows(package):
+        own, other = folder(module), folder(target)
+        where = f"{files[module].relative_to(package.parent).as_posix()}:{line}"
+        named = f"{PACKAGE}.{target}".strip(".")
+        if other not in GROUND | FACE and floor(other) is None:
+            found.append(f"{where} imports {named}, which is on no floor ({TABLE})")
+        elif own not in FACE and other not in allowed(own):
+            found.append(f"{where} imports {named}: {own} may import {_names(own)}")
+        elif own == "kernels" and module not in CHOOSERS and target in CHOOSERS:
+            found.append(f"{where} imports {named}: a kernel knows no other")
+        elif own == "kernels" and module not in CHOOSERS and target == "kernels.reference":
+            found.append(f"{where} imports {named}: a kernel shares nothing with its reference")
     return list(dict.fromkeys(found))  # `from x import a, b` is one arrow
+
+
+def _names(own: str) -> str:
+    return ", ".join(sorted(allowed(own)))
+
+
+def circle(package: Path) -> list[str]:
+    """Give modules that import each other in a circle, if there are any."""
+    below = defaultdict(set)
+    for module, _, target in arrows(package):
+        if module != target:
+            below[module].add(target)
+    try:
+        TopologicalSorter(below).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -188,6 +126,34 @@ def write(root: Path, files: dict[str, str]) -> Path:
 def test_imports_go_downwards():
     found = violations(ROOT / PACKAGE)
     assert not found, "\n".join(found)
+
+
+def test_no_circle():
+    assert not circle(ROOT / PACKAGE)
+
+
+@pytest.mark.parametrize("where", ["", "def f():\n    ", "if TYPE_CHECKING:\n    "])
+def test_a_circle_is_found_wherever_it_stands(tmp_path, where):
+    files = {
+        "core/a.py": "from dit_sparse.core.b import x",
+        "core/b.py": f"{where}from dit_sparse.core.c import x",
+        "core/c.py": f"{where}from dit_sparse.core import a",
+    }
+    found = circle(write(tmp_path, files))
+    assert set(found) == {"core.a", "core.b", "core.c"}
+
+
+def test_only_folders_and_five_files_stand_in_the_package():
+    names = {path.name for path in (ROOT / PACKAGE).iterdir()} - {"__pycache__"}
+    folders = {name for names in FLOORS for name in names}
+    beside = {"__init__.py", "__main__.py", "_version.py", "errors.py", "py.typed"}
+    assert names == folders | beside | {"profiles"}
+
+
+def test_arrows_on_one_floor_go_one_way():
+    for name, others in ASIDE.items():
+        assert {floor(other) for other in others} == {floor(name)}
+    TopologicalSorter(ASIDE).prepare()
 
 
 def test_only_their_own_folder_knows_methods_by_name():
@@ -205,53 +171,59 @@ def test_only_their_own_folder_knows_methods_by_name():
     assert {line.partition(":")[0] for line in found} <= {"dit_sparse/quality/catalogue.py"}, found
 
 
-def test_the_table_has_no_circle():
-    TopologicalSorter({name: layer.below for name, layer in LAYERS.items()}).prepare()
-
-
 @pytest.mark.parametrize(
     ("module", "text", "words"),
     [
         ("methods/radial.py", "from dit_sparse.kernels.cpu import attend", "methods may import"),
-        ("methods/radial.py", "from dit_sparse import apply", "dit_sparse.apply (apply)"),
-        ("methods/radial.py", "import dit_sparse", "imports dit_sparse (package)"),
-        ("methods/radial.py", "from ..kernels import cpu", "dit_sparse.kernels.cpu (kernels)"),
-        ("methods/radial.py", "def f():\n    import dit_sparse.backends", "radial.py:2"),
-        ("methods/__init__.py", "from ..backends import pick", "(backends)"),
-        ("pipelines/wan.py", "from dit_sparse.methods import radial", "(methods)"),
-        ("kernels/cpu.py", "from dit_sparse.kernels import reference", "(reference)"),
-        ("kernels/cpu.py", "from dit_sparse.pipelines import wan", "(pipelines)"),
-        ("plan.py", "from dit_sparse.call import AttentionCall", "plan may import"),
-        ("strategy.py", "import dit_sparse.profiler.search", "(profiler)"),
-        ("apply.py", "from dit_sparse.nowhere import x", "in no layer"),
-        ("apply.py", "from diffusers import WanPipeline", "imports diffusers"),
-        ("backends.py", "import triton.language as tl", "imports triton"),
-        ("apply.py", "from kernels import cpu", "imports kernels, which only these may: nobody"),
-        ("apply.py", "import os\nos.environ['X']", "apply.py:2 reads the environment"),
-        ("apply.py", "from os import getenv", "reads the environment"),
-        ("helpers.py", "", "add 'helpers' to a row of LAYERS"),
+        ("methods/radial.py", "from dit_sparse.attach import apply", "dit_sparse.attach.apply:"),
+        ("methods/radial.py", "import dit_sparse", "imports dit_sparse:"),
+        ("methods/radial.py", "from ..kernels import cpu", "imports dit_sparse.kernels.cpu"),
+        ("methods/radial.py", "def f():\n    import dit_sparse.kernels.dispatch", "radial.py:2"),
+        ("methods/__init__.py", "from ..kernels.dispatch import pick", "kernels.dispatch"),
+        ("pipelines/wan.py", "from dit_sparse.methods import radial", "methods.radial"),
+        ("kernels/cpu.py", "from dit_sparse.kernels import reference", "its reference"),
+        ("kernels/cpu.py", "from dit_sparse.kernels import dispatch", "knows no other"),
+        ("kernels/cpu.py", "from dit_sparse.pipelines import wan", "pipelines.wan"),
+        ("core/plan.py", "from dit_sparse.methods.radial import Radial", "core may import"),
+        ("strategy/form.py", "from dit_sparse.attach import apply", "strategy may import"),
+        ("quality/ssim.py", "import dit_sparse.profiler.search", "quality may import"),
+        ("quality/ssim.py", "import dit_sparse.bench.run", "quality may import"),
+        ("errors.py", "from dit_sparse.core.plan import BlockPlan", "errors may import"),
+        ("attach/apply.py", "from dit_sparse.nowhere import x", "on no floor"),
+        ("attach/apply.py", "from diffusers import WanPipeline", "imports diffusers"),
+        ("attach/apply.py", "import triton.language as tl", "imports triton"),
+        ("attach/apply.py", "from kernels import cpu", "only these may: nobody"),
+        ("attach/apply.py", "import os\nos.environ['X']", "apply.py:2 reads the environment"),
+        ("attach/apply.py", "from os import getenv", "reads the environment"),
+        ("helpers.py", "", "helpers.py is on no floor"),
     ],
 )
 def test_an_upward_arrow_is_found(tmp_path, module, text, words):
-    below = {"apply.py": "", "backends.py": "", "kernels/cpu.py": "", "kernels/reference.py": ""}
-    below |= {"methods/radial.py": "", "pipelines/wan.py": ""}
+    below = {"attach/apply.py": "", "kernels/dispatch.py": "", "kernels/cpu.py": ""}
+    below |= {"kernels/reference.py": "", "methods/radial.py": "", "pipelines/wan.py": ""}
+    below |= {"core/plan.py": "", "bench/run.py": ""}
     (found,) = violations(write(tmp_path, {**below, module: text}))
     assert words in found
 
 
 def test_downward_arrows_pass(tmp_path):
     files = {
-        "__init__.py": "from dit_sparse.apply import enable\nfrom dit_sparse._version import v",
-        "cli.py": "import os\nfrom dit_sparse import plan\nos.environ['X']\nimport diffusers",
-        "apply.py": "from dit_sparse.methods.radial import Radial\nimport dit_sparse.pipelines",
-        "plan.py": "import os\nfrom .grid import LatentsGrid\nos.fspath('x')",
-        "grid.py": "from .errors import GeometryError",
+        "__init__.py": "from dit_sparse.attach.apply import enable",
+        "cli/run.py": "import os\nfrom dit_sparse.core import plan\nos.environ['X']",
+        "attach/apply.py": "from dit_sparse.methods import radial\nimport dit_sparse.pipelines",
+        "attach/engine.py": "from dit_sparse.strategy.form import Rule",
+        "strategy/form.py": "",
+        "core/plan.py": "import os\nfrom .grid import LatentsGrid\nos.fspath('x')",
+        "core/grid.py": "from dit_sparse.errors import GeometryError",
         "errors.py": "",
-        "methods/radial.py": "from dit_sparse import plan\nfrom .shared import bands",
-        "methods/shared.py": "from ..plan import BlockPlan",
+        "_version.py": "",
+        "methods/radial.py": "from dit_sparse.core import plan\nfrom .shared import bands",
+        "methods/shared.py": "from ..core.plan import BlockPlan",
         "kernels/triton_fwd.py": "import triton\nfrom dit_sparse.kernels import cpu",
-        "kernels/cpu.py": "from dit_sparse.plan import BlockPlan",
+        "kernels/dispatch.py": "from dit_sparse.kernels import reference",
+        "kernels/reference.py": "",
+        "kernels/cpu.py": "from dit_sparse.core.plan import BlockPlan",
         "pipelines/__init__.py": "from diffusers import WanPipeline\nfrom . import wan",
-        "pipelines/wan.py": "from dit_sparse.grid import LatentsGrid",
+        "pipelines/wan.py": "from dit_sparse.core.grid import LatentsGrid",
     }
     assert violations(write(tmp_path, files)) == []

@@ -12,7 +12,7 @@ from dit_sparse.cli import app
 from dit_sparse.distill.__main__ import main as distill
 from dit_sparse.quality import open_clip
 from dit_sparse.strategy import Strategy
-from tests.test_identity import WEIGHTS, change_json, change_number
+from tests.strategy.test_identity import WEIGHTS, change_json, change_number
 
 SMALL = ["--height", "64", "--width", "64", "--frames", "5", "--steps", "2", "--threads", "1"]
 

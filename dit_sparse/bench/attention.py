@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from dit_sparse.backends import Backends, exp_error
 from dit_sparse.bench.result import Measurement
 from dit_sparse.bench.timing import Clock, alternate, dense_calls
-from dit_sparse.canary import compare
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.canary import compare
+from dit_sparse.kernels.dispatch import Backends, exp_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

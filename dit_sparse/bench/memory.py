@@ -14,9 +14,9 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 import torch
-from dit_sparse.backends import Backends
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.bench import Shape, make_plan
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 
 tokens, heads, head_dim, density, threads = map(float, sys.argv[1:6])
 torch.set_num_threads(int(threads))

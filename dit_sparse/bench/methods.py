@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.backends import Backends
 from dit_sparse.bench.result import MethodMeasurement
 from dit_sparse.bench.timing import Clock, alternate, dense_calls
-from dit_sparse.call import AttentionCall
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.sizes import nbytes
+from dit_sparse.kernels.dispatch import Backends
+from dit_sparse.kernels.synthetic import structured_inputs
 from dit_sparse.methods.params import build_method
-from dit_sparse.nbytes import nbytes
-from dit_sparse.synthetic import structured_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.bench.shapes import Shape
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 MIB = 2**20
 

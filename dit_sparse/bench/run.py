@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.backends import Backends
 from dit_sparse.bench.attention import PATTERNS, Pattern, measure_kernels
 from dit_sparse.bench.memory import measure_peak_memory
 from dit_sparse.bench.methods import measure_method
 from dit_sparse.bench.result import BenchReport, Measurement, MethodMeasurement
 from dit_sparse.bench.shapes import CPU_SHAPES, METHOD_SHAPES, MODEL_SHAPES, Shape
-from dit_sparse.machine import environment
+from dit_sparse.core.machine import environment
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import METHODS, method_class
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import LatentsGrid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_sparse.cli.console import ERR, UserError, first_line, say
+from dit_sparse.core.video import as_uint8
 from dit_sparse.errors import DitSparseError
-from dit_sparse.schedule import Schedule
 from dit_sparse.strategy import Strategy
-from dit_sparse.video import as_uint8
+from dit_sparse.strategy.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from typing_extensions import Self
 
-    from dit_sparse.apply import SparseAttention
-    from dit_sparse.report import Report
-    from dit_sparse.video import Frames
+    from dit_sparse.attach.apply import SparseAttention
+    from dit_sparse.attach.report import Report
+    from dit_sparse.core.video import Frames
 
 # A run of one step can be dense throughout under a method that searches first.
 WARMUP_STEPS = (1, 4)

@@ -109,8 +109,8 @@ def run(
     """
     import torch
 
-    from dit_sparse.backends import Backends
     from dit_sparse.bench import find_shapes, run_bench, run_method_bench
+    from dit_sparse.kernels.dispatch import Backends
     from dit_sparse.methods import METHODS, method_class
 
     for kernel in kernels or ():  # a name that does not exist is said at once

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from dit_sparse.core.reading import visible
 from dit_sparse.errors import DitSparseError
-from dit_sparse.reading import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

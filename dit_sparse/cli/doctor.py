@@ -13,7 +13,7 @@ from rich.text import Text
 from dit_sparse.cli.console import ERR, OUT, Debug, styled
 
 if TYPE_CHECKING:
-    from dit_sparse.doctor import Device, Diagnosis, Kernel
+    from dit_sparse.forecast.doctor import Device, Diagnosis, Kernel
 
 EXAMPLES = (
     "dit-sparse doctor",
@@ -38,7 +38,7 @@ def run(
     if build:
         _build()
     with ERR.status("looking around, checking kernels"):
-        from dit_sparse.doctor import diagnose
+        from dit_sparse.forecast.doctor import diagnose
 
         found = diagnose()
     if as_json:

@@ -10,8 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
-from dit_sparse.apply import enable
-from dit_sparse.backends import Backends
+from dit_sparse.attach.apply import enable
 from dit_sparse.cli.console import OUT, UserError, progress, say, styled
 from dit_sparse.cli.making import Maker
 from dit_sparse.cli.options import read_seeds
@@ -26,8 +25,8 @@ from dit_sparse.cli.source import (
     local_folder,
     machine,
 )
-from dit_sparse.identity import pipeline_identity, versions
-from dit_sparse.machine import environment
+from dit_sparse.core.machine import environment
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.quality.catalogue import chosen
 from dit_sparse.quality.evaluation import Store, generate, measure, open_store
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Setup
@@ -35,6 +34,7 @@ from dit_sparse.quality.gates import parse_gates
 from dit_sparse.quality.report import write_evaluation
 from dit_sparse.quality.summary import Pair, Summary, summarise
 from dit_sparse.strategy import Strategy
+from dit_sparse.strategy.identity import pipeline_identity, versions
 
 if TYPE_CHECKING:
     from pathlib import Path

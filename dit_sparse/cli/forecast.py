@@ -12,11 +12,10 @@ import typer
 from rich.table import Table
 
 from dit_sparse.cli.console import ERR, OUT, Debug, UserError, first_line, styled
-from dit_sparse.cli.source import SampleDefaults, local_folder
-from dit_sparse.reading import load_json
+from dit_sparse.core.reading import load_json
 
 if TYPE_CHECKING:
-    from dit_sparse.forecast import Forecast, MethodForecast
+    from dit_sparse.forecast.generation import Forecast, MethodForecast
     from dit_sparse.pipelines.known import KnownModel
     from dit_sparse.pipelines.size import ModelSize
     from dit_sparse.strategy import Strategy
@@ -89,7 +88,12 @@ def run(
         raise UserError("--all-methods and --strategy both tell what would run; give one")
     measured = None if bench is None else _efficiency(bench)
     with ERR.status(f"counting {model}"):
-        from dit_sparse.forecast import EFFICIENCY, better_size, forecast, forecast_method
+        from dit_sparse.forecast.generation import (
+            EFFICIENCY,
+            better_size,
+            forecast,
+            forecast_method,
+        )
         from dit_sparse.methods import METHODS
         from dit_sparse.methods.params import build_method
         from dit_sparse.pipelines.size import model_size
@@ -139,6 +143,7 @@ def run(
 
 def read_model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
     """Find a model's transformer config, its usual size, and its VAE's config."""
+    from dit_sparse.cli.source import SampleDefaults, local_folder
     from dit_sparse.pipelines import family_by_name
     from dit_sparse.pipelines.known import KNOWN_MODELS, KnownModel, known_model
 
@@ -175,7 +180,7 @@ def _config(name: str, folder: Path | None, part: str) -> dict[str, Any] | None:
     path = None if folder is None else folder / part / "config.json"
     try:
         if path is None:
-            from dit_sparse.hub import fetch
+            from dit_sparse.strategy.hub import fetch
 
             path = fetch(name, f"{part}/config.json")
         if not path.is_file():
@@ -265,7 +270,7 @@ def _kernel() -> str:
     """Name the kernel that would run on this machine."""
     import torch
 
-    from dit_sparse.backends import BY_NAME_ONLY, Backends
+    from dit_sparse.kernels.dispatch import BY_NAME_ONLY, Backends
 
     there = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if there else ("cpu", torch.float32)

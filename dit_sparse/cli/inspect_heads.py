@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dit_sparse.cli.lora import Lora
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.inspect import HeadView
     from dit_sparse.strategy import Strategy
 
@@ -63,8 +63,8 @@ class Asked:
 
 def draw_heads(asked: Asked, strategies: list[Strategy], output: Path) -> None:
     """Draw which tokens each head of a layer reads at a step."""
+    from dit_sparse.core.video import write_png
     from dit_sparse.inspect import draw_views
-    from dit_sparse.video import write_png
 
     found: list[HeadView] = []
     if asked.model is not None:
@@ -127,7 +127,7 @@ def seeded(arguments: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def read_grid(text: str, *, text_first: bool) -> LatentsGrid:
     """Read FRAMESxHEIGHTxWIDTH[+TEXT]."""
-    from dit_sparse.grid import MAX_TOKENS, LatentsGrid
+    from dit_sparse.core.grid import MAX_TOKENS, LatentsGrid
 
     match = GRID.fullmatch(text)
     if match is None:

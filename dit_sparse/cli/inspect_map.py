@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.inspect import Atlas
     from dit_sparse.profiler.stored import Stored
     from dit_sparse.strategy import Strategy
@@ -30,9 +30,9 @@ LARGEST_PAGE = 5_000_000  # bytes; candidates of a huge model are left out above
 
 def draw_strategy(asked: Asked, strategy: Strategy, path: Path, output: Path) -> None:
     """Map a strategy: who does what, what is known of it, and what it keeps."""
+    from dit_sparse.forecast.counted import grid_of
     from dit_sparse.inspect import layout_of, strategy_atlas
     from dit_sparse.inspect.fill import draw_attention, draw_choices, draw_run
-    from dit_sparse.profiler.counted import grid_of
 
     if asked.model is not None and asked.prompt is None:
         raise UserError("--model needs --prompt")
@@ -183,9 +183,9 @@ def _no_grid(atlas: Atlas) -> None:
 
 def _finish(atlas: Atlas, output: Path, name: str) -> None:
     """Write what was asked for, whole or not at all, and say where."""
+    from dit_sparse.core.video import write_png
     from dit_sparse.inspect import draw_poster, page
-    from dit_sparse.strategy_io import write_text
-    from dit_sparse.video import write_png
+    from dit_sparse.strategy.files import write_text
 
     if atlas.pictures.left_out:
         atlas.notes.append(

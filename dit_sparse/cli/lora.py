@@ -74,7 +74,7 @@ def merge_loras(pipe: Any, loras: Sequence[Lora]) -> None:
 
 
 def _merge(pipe: Any, one: Lora) -> None:
-    from dit_sparse.hub import means_a_file
+    from dit_sparse.strategy.hub import means_a_file
 
     name = type(pipe).__name__
     if means_a_file(one.source) and not Path(one.source).exists():

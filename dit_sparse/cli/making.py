@@ -13,7 +13,7 @@ from dit_sparse.strategy import Schedule
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from dit_sparse.apply import SparseAttention
+    from dit_sparse.attach.apply import SparseAttention
     from dit_sparse.strategy import Strategy
 
 BACKENDS = {

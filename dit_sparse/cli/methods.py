@@ -48,7 +48,7 @@ def run(
     if as_json:
         raise UserError("--json is for the table of models: dit-sparse methods --models --json")
     from dit_sparse.methods import METHODS, method_class
-    from dit_sparse.schedule import Schedule
+    from dit_sparse.strategy.schedule import Schedule
 
     for method in sorted(METHODS) if name is None else [name]:
         cls: Any = method_class(method)

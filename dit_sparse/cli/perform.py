@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.apply import enable
-from dit_sparse.backends import Backends
+from dit_sparse.attach.apply import enable
+from dit_sparse.attach.guarantee import Guarantee
 from dit_sparse.cli import receipt
 from dit_sparse.cli.arms import Runner
 from dit_sparse.cli.console import progress, say
@@ -27,10 +27,10 @@ from dit_sparse.cli.source import (
     local_folder,
     machine,
 )
-from dit_sparse.guarantee import Guarantee
-from dit_sparse.machine import environment
+from dit_sparse.core.machine import environment
+from dit_sparse.core.video import frame_strip, write_mp4, write_png
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.strategy import Strategy
-from dit_sparse.video import frame_strip, write_mp4, write_png
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-    from dit_sparse.apply import SparseAttention
+    from dit_sparse.attach.apply import SparseAttention
     from dit_sparse.cli.arms import Runs
     from dit_sparse.cli.lora import Lora
+    from dit_sparse.core.video import Frames
     from dit_sparse.quality import Scores
-    from dit_sparse.video import Frames
 
 
 @dataclass(frozen=True)

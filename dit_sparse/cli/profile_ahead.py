@@ -82,7 +82,7 @@ def tell(
 def _table(told: Expected, title: str, candidates: int) -> Table:
     from rich.table import Table
 
-    from dit_sparse.forecast import ATTENTION_RATE, EFFICIENCY, OTHER_RATE
+    from dit_sparse.forecast.generation import ATTENTION_RATE, EFFICIENCY, OTHER_RATE
     from dit_sparse.profiler.cost import SEARCH
     from dit_sparse.profiler.expected import OWN
 

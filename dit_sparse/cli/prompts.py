@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_sparse.cli.console import UserError
+from dit_sparse.core.prompts import read_prompt_file
 from dit_sparse.errors import PromptsError
-from dit_sparse.prompts import read_prompt_file
 
 # Told apart by what moves and where, for models that are to show anything.
 PROMPTS = (

@@ -14,10 +14,10 @@ from dit_sparse.quality import psnr, psnr_pooled, ssim
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from dit_sparse.attach.report import Report
     from dit_sparse.cli.arms import Arm, Runs
+    from dit_sparse.core.video import Frames
     from dit_sparse.quality import Scores
-    from dit_sparse.report import Report
-    from dit_sparse.video import Frames
 
     Watch = Callable[[Frames, str], Iterable[Any]]
 

@@ -13,7 +13,7 @@ from dit_sparse.cli.console import ERR, OUT, Debug, UserError, styled
 from dit_sparse.cli.shape import Shape, load_strategy, shape_of
 
 if TYPE_CHECKING:
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.profiler.retile import Retiled
     from dit_sparse.profiler.stored import Stored
     from dit_sparse.strategy import Strategy
@@ -75,7 +75,7 @@ def run(
     if output is not None:
         _check_output(output, overwrite=overwrite)
     with ERR.status("re-tiling"):
-        from dit_sparse.profiler.counted import grid_of
+        from dit_sparse.forecast.counted import grid_of
         from dit_sparse.profiler.retile import refit
 
         found, path = load_strategy(strategy)
@@ -120,9 +120,9 @@ def _grid(
     strategy: Strategy, shape: Shape, height: int | None, width: int | None, frames: int | None
 ) -> LatentsGrid:
     """Turn pixels and frames into tokens; a side that is not given stays as it is."""
+    from dit_sparse.forecast.counted import grid_of
     from dit_sparse.pipelines.known import KNOWN_MODELS
     from dit_sparse.pipelines.size import model_size
-    from dit_sparse.profiler.counted import grid_of
 
     if shape.config is None or not shape.known:  # of one class, but of what compression?
         raise UserError(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dit_sparse.cli.console import ERR, UserError, first_line
 from dit_sparse.cli.lora import merge_loras
-from dit_sparse.reading import load_json
+from dit_sparse.core.reading import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,7 +155,7 @@ def load(model: str, device: str, dtype: torch.dtype, loras: Sequence[Lora] = ()
     import transformers
     from diffusers.pipelines import pipeline_utils
 
-    from dit_sparse.hub import fetch
+    from dit_sparse.strategy.hub import fetch
 
     key = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
     if local_folder(model) is not None:  # nothing to wait for but the disk: one line is enough

@@ -20,7 +20,7 @@ from dit_sparse.cli.console import (
     progress,
     styled,
 )
-from dit_sparse.reading import load_json
+from dit_sparse.core.reading import load_json
 
 if TYPE_CHECKING:
     from dit_sparse.quality.vbench import Results

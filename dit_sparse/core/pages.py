@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse._version import __version__
-from dit_sparse.reading import visible
+from dit_sparse.core.reading import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from dit_sparse.core.reading import visible
 from dit_sparse.distill.config import read_config
 from dit_sparse.errors import DitSparseError
-from dit_sparse.reading import visible
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 """Sparse attention that can be trained through: an attachment that keeps gradients.
 
 The engine declines a call that wants gradients, as only some kernels have them. Here the kernels
-do (``backends.py`` picks one that has a backward pass, or raises), what is chosen is not
+do (``dispatch.py`` picks one that has a backward pass, or raises), what is chosen is not
 differentiated (a top-k has no gradient), and a method compensates without writing in place.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.apply import SparseAttention
+from dit_sparse.attach.apply import SparseAttention
 from dit_sparse.distill.errors import DistillError
 
 if TYPE_CHECKING:

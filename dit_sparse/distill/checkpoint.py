@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_notes, read_tensors, write_tensors
-from dit_sparse.identity import changed, plain
+from dit_sparse.strategy.identity import changed, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

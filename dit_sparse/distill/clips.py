@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dit_sparse.core.video import MAX_PIXELS, frame_too_large
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
 from dit_sparse.distill.inputs import encoding_inputs
-from dit_sparse.identity import file_digest, pipeline_identity, text_digest
-from dit_sparse.video import MAX_PIXELS, frame_too_large
+from dit_sparse.strategy.identity import file_digest, pipeline_identity, text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_sparse.core.prompts import read_prompt_file
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.files import read_tensors, write_tensors
 from dit_sparse.distill.inputs import encoding_inputs
 from dit_sparse.distill.record import Recording, record
 from dit_sparse.errors import PromptsError
-from dit_sparse.identity import pipeline_identity, text_digest
-from dit_sparse.prompts import read_prompt_file
+from dit_sparse.strategy.identity import pipeline_identity, text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dit_sparse.core.reading import load_text, refuse_controls
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.grid import Renoise
 from dit_sparse.distill.losses import CriticWeight, StudentWeight
-from dit_sparse.reading import load_text, refuse_controls
 from dit_sparse.strategy import Strategy
 
 MAX_CONFIG = 2**20  # bytes of a config file, which has a few thousand

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dit_sparse.core.reading import refuse_controls
 from dit_sparse.distill.errors import DistillError
-from dit_sparse.reading import refuse_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

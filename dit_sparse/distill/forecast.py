@@ -2,9 +2,9 @@
 """Say what an iteration will take of memory and time: no weights, no GPU.
 
 Time: floating-point operations of one pass (``pipelines.size``) at the rates and the kernel
-efficiency that ``dit_sparse.forecast`` assumes, times the passes of an iteration. Memory: weights,
-adapters with their optimizer, and the activations that autograd keeps, counted by running the
-model with its adapters on tensors without data.
+efficiency that ``forecast/generation.py`` assumes, times the passes of an iteration. Memory:
+weights, adapters with their optimizer, and the activations that autograd keeps, counted by
+running the model with its adapters on tensors without data.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_sparse.core.reading import load_json
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.networks import _add_adapters
-from dit_sparse.forecast import ATTENTION_RATE, EFFICIENCY, OTHER_RATE, PLANNING
-from dit_sparse.forecast import forecast as forecast_sampling
+from dit_sparse.forecast.generation import ATTENTION_RATE, EFFICIENCY, OTHER_RATE, PLANNING
+from dit_sparse.forecast.generation import forecast as forecast_sampling
 from dit_sparse.pipelines.known import KNOWN_MODELS
 from dit_sparse.pipelines.size import model_size
-from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from dit_sparse.distill.config import Config

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.identity import text_digest, versions
+from dit_sparse.strategy.identity import text_digest, versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

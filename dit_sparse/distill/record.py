@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_sparse.apply import transformers_of
+from dit_sparse.attach.apply import transformers_of
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.grid import StepGrid, read_grid
 from dit_sparse.pipelines import family_of

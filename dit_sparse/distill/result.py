@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse._version import __version__
 from dit_sparse.distill.errors import DistillError
-from dit_sparse.strategy_io import write_text
+from dit_sparse.strategy.files import write_text
 
 if TYPE_CHECKING:
     from pathlib import Path

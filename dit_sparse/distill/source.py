@@ -16,8 +16,8 @@ from dit_sparse.distill.inputs import encoding_inputs, inputs_of
 from dit_sparse.distill.record import guidance_arguments
 from dit_sparse.distill.shard import check_sharding, read_sharding
 from dit_sparse.distill.train import CHECKPOINTS, Trainer
-from dit_sparse.identity import pipeline_identity
 from dit_sparse.strategy import config_hash
+from dit_sparse.strategy.identity import pipeline_identity
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,8 +19,8 @@ from dit_sparse.distill.networks import Networks
 from dit_sparse.distill.result import save_result
 from dit_sparse.distill.tdm import Group, Matching, Walk
 from dit_sparse.distill.update import Update, rate
-from dit_sparse.identity import pipeline_identity
-from dit_sparse.strategy_io import write_text
+from dit_sparse.strategy.files import write_text
+from dit_sparse.strategy.identity import pipeline_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

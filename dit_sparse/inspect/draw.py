@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.inspect.view import HeadView
 
 MAP = 192  # pixels of a map's side

@@ -6,22 +6,22 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.backends import Backends
 from dit_sparse.inspect.atlas import Atlas, Band, Choice, Layout, Quantity
 from dit_sparse.inspect.mass import SHARES, attention_mass
 from dit_sparse.inspect.observe import observe_run, observe_static, observe_synthetic
 from dit_sparse.inspect.pictures import kept_picture, map_side, mass_picture, seen_picture
 from dit_sparse.inspect.view import views_of
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods.params import build_method
 from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dit_sparse.call import AttentionCall
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.call import AttentionCall
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
     from dit_sparse.inspect.view import HeadView
-    from dit_sparse.plan import BlockPlan
 
     Progress = Callable[[str, int, int], None]
 

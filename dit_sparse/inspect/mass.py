@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit_sparse.plan import BlockPlan
+from dit_sparse.core.plan import BlockPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.backends import Backends
-    from dit_sparse.call import AttentionCall
+    from dit_sparse.core.call import AttentionCall
+    from dit_sparse.kernels.dispatch import Backends
 
 BLOCK = 64  # tokens
 SIDE = 48  # rows and columns of a map at most

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.apply import enable
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
+from dit_sparse.attach.apply import enable
+from dit_sparse.attach.head_groups import select_heads
+from dit_sparse.core.call import AttentionCall
 from dit_sparse.errors import StrategyError
-from dit_sparse.head_groups import select_heads
+from dit_sparse.forecast.counted import counted_density
 from dit_sparse.inspect.view import MAP_SIDE, HeadView, views_of
+from dit_sparse.kernels.dispatch import Backends
+from dit_sparse.kernels.synthetic import structured_inputs
 from dit_sparse.methods.params import build_method
-from dit_sparse.profiler.counted import counted_density
-from dit_sparse.synthetic import structured_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
     from dit_sparse.strategy import Strategy
 
 Token = tuple[int, int, int]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_sparse.forecast.counted import counted_density, grid_of
 from dit_sparse.inspect.atlas import Atlas, Band, Candidates, Choice, Layout, Quantity
 from dit_sparse.methods.params import words
-from dit_sparse.profiler.counted import counted_density, grid_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit_sparse.tiles import unpack_tiles
+from dit_sparse.core.tiles import unpack_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
 
 MAP_SIDE = 192  # queries that stand for all in a map, and bins of keys
 _CHUNK = 8  # query tokens read at a time: a row of keys is as long as the sequence

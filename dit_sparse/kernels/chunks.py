@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
 BUDGET_CPU = 2 << 20  # bytes of scratch at a time: what stays in a cache
 BUDGET = 256 << 20  # the same on an accelerator, where a launch has to be worth it

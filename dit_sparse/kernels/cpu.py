@@ -44,7 +44,7 @@ from dit_sparse.kernels.cpu_tiles import tile_bias, unpack
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 __all__ = ["HAS_BACKWARD", "attend", "attend_backward", "block_mass", "reasons_against"]
 

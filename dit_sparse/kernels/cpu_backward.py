@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from dit_sparse.core.tiles import unpack_tiles
 from dit_sparse.kernels.cpu_rows import Row, Span, cut_row, cut_spans, pick, rows_of, slots_of
-from dit_sparse.tiles import unpack_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
     Forward = Callable[[Tensor, Tensor, Tensor, BlockPlan, float], tuple[Tensor, Tensor]]
 

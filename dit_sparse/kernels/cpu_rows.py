@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 WHOLE_BLOCKS = 8  # slots: shorter pieces are gathered token by token
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit_sparse.tiles import unpack_tiles
+from dit_sparse.core.tiles import unpack_tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 TILES_HELD = 16 << 20  # bytes of unpacked bit tiles
 

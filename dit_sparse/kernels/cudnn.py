@@ -20,7 +20,7 @@ from dit_sparse.kernels.padded import padded, reasons_against_padding
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 HAS_BACKWARD = False
 HEAD_DIMS = (64, 96, 128)

@@ -21,8 +21,8 @@ from dit_sparse.kernels.permute import gather_tokens, inverse_permutation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
 
 HAS_BACKWARD = False
 HEAD_DIMS = (64, 128, 256)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
 
 HAS_BACKWARD = False
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dit_sparse.core.grid import BlockLayout
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels.chunks import (
     HALF,
     budget,

@@ -26,8 +26,8 @@ from dit_sparse.kernels import native_library
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
 
 HAS_BACKWARD = False
 # Relative error of an exponential: 3 units in the last place of fp32, measured, and as much again

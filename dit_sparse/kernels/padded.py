@@ -18,8 +18,8 @@ from dit_sparse.kernels.permute import gather_tokens, inverse_permutation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
 
 WASTE = 1.5  # slots per token, beyond which equal blocks are no sensible form of a plan
 

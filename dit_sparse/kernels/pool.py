@@ -20,7 +20,7 @@ from dit_sparse.kernels.chunks import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
 
 def pool(x: Tensor, layout: BlockLayout) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
 
 ROWS = 1024  # query tokens at a time
 NOT_COVERED = -1

@@ -25,7 +25,7 @@ from dit_sparse.kernels.permute import gather_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
 FORMS = ("code", "paper")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels as ``backends.py`` knows them: can they run this call, and run it.
+"""The Triton kernels as ``dispatch.py`` knows them: can they run this call, and run it.
 
 ``triton`` is imported when a kernel is needed, not before: it is absent on many machines.
 """
@@ -16,9 +16,9 @@ from dit_sparse.errors import KernelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
     from dit_sparse.kernels.triton_target import Tiling
-    from dit_sparse.plan import BlockPlan
 
 HAS_BACKWARD = True
 WIDEST_HEAD = 256

@@ -35,7 +35,7 @@ from dit_sparse.kernels.triton_target import Tiling, walk_chunks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 ROWS = 64  # of a program of the delta kernel
 

@@ -44,7 +44,7 @@ from dit_sparse.kernels.triton_target import Tiling, repair_tiling, walk_chunks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 
 @triton.jit

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 UNUSED = ("scale", "BLOCK_D", "PRECISION", "ALIGN", "REPAIR")
 

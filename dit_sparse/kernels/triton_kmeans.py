@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dit_sparse.core.grid import BlockLayout
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels.triton_attention import reasons_against_tensor
 from dit_sparse.kernels.triton_blocks import (
     head_rows,

@@ -20,7 +20,7 @@ from dit_sparse.kernels.triton_target import Tiling, precision
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
 MAX_PARTS = 2  # blocks of more tiles than this get a table of tiles, where lengths may differ
 

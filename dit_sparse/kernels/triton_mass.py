@@ -34,7 +34,7 @@ from dit_sparse.kernels.triton_scores import load_lse, softmax_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
     from dit_sparse.kernels.triton_target import Tiling
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
 # Bytes of shared memory (LDS on AMD) that one program may have.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
 from dit_sparse.errors import StrategyError
 
 METHODS: dict[str, str] = {
@@ -44,7 +44,7 @@ def register_method(name: str, path: str) -> None:
     Args:
         name: Lower-case letters, digits and underscores, starting with a letter.
         path: ``"package.module:Class"`` of a frozen dataclass that inherits from
-            ``dit_sparse.call.Method``; its fields are the method's params.
+            ``dit_sparse.core.call.Method``; its fields are the method's params.
 
     Raises:
         StrategyError: The name is invalid or stands for another class, or the path is invalid.
@@ -81,7 +81,7 @@ def method_class(name: str) -> type[Method]:
     if not proper:
         raise StrategyError(
             f"method {name!r}: {METHODS[name]} must be a frozen dataclass that inherits from "
-            "dit_sparse.call.Method"
+            "dit_sparse.core.call.Method"
         )
     return cast("type[Method]", found)
 

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import MAX_ENTRIES, check_count
 from dit_sparse.methods.steps import step_at
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.traits import Params
 
 _SCRATCH = 32 * 2**20  # bytes of block mass held at a time; heads are taken in chunks
 _LARGEST = 2**15 - 1

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.grid import BlockLayout, cut
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import BlockLayout, cut
 from dit_sparse.methods.gilbert import gilbert_order
 from dit_sparse.methods.lists import (
     MAX_COUNT,
@@ -27,14 +28,13 @@ from dit_sparse.methods.lists import (
     video_blocks,
 )
 from dit_sparse.methods.merge import merge, writable
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.traits import Params
 
 _SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
 _SEEDS = 2**61  # the draw doubles it, and a generator takes 64 bits

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.grid import BlockLayout, cut
+from dit_sparse.core.grid import BlockLayout, cut
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.core.tiles import WORD, pack_bits
 from dit_sparse.methods.merge import merge, writable
-from dit_sparse.plan import BlockPlan
-from dit_sparse.tiles import WORD, pack_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.core.call import AttentionCall, Ops
 
 _SCRATCH_CPU = 64 * 2**20  # bytes held at a time; heads are taken in chunks
 _SCRATCH = 256 * 2**20  # the same on an accelerator, where a launch has to be worth it

@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.plan import BlockPlan
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.plan import BlockPlan
+    from dit_sparse.core.traits import Params
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
 
 Vector = tuple[int, int, int]
 Box = tuple[Vector, Vector, Vector, Vector]

@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.levels import largest
 from dit_sparse.methods.lists import MAX_COUNT
 from dit_sparse.methods.windows import AxisRule, product_plan
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     import torch
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.traits import Params
     from dit_sparse.methods.order import Ordered
-    from dit_sparse.traits import Params
 
     Three = tuple[int, int, int]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dit_sparse.call import AttentionCall
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.call import AttentionCall
+    from dit_sparse.core.grid import LatentsGrid
 
 SPATIAL, TEMPORAL = 0, 1
 _SCRATCH_CPU = 64 * 2**20  # bytes of scores and of fp32 copies held at a time

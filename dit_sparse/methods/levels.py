@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dit_sparse.call import AttentionCall
+from dit_sparse.core.call import AttentionCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dit_sparse.call import Method
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.call import Method
+    from dit_sparse.core.grid import LatentsGrid
 
 _BISECTIONS = 12
 

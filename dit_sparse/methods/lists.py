@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall
+    from dit_sparse.core.call import AttentionCall
 
     Choose = Callable[[slice], tuple[Tensor, Tensor, Tensor]]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dit_sparse.grid import BlockLayout, LatentsGrid, check_blocks, cut
+from dit_sparse.core.grid import BlockLayout, LatentsGrid, check_blocks, cut
 
 if TYPE_CHECKING:
     from torch import Tensor

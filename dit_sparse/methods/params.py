@@ -17,7 +17,7 @@ from dit_sparse.methods import method_class
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dit_sparse.call import Method
+    from dit_sparse.core.call import Method
 
 
 def param_names(name: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.plan import BlockPlan
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.plan import BlockPlan
+    from dit_sparse.core.traits import Params
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import isfinite, isqrt
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.bands import (
     paper_half_widths,
@@ -23,7 +24,6 @@ from dit_sparse.methods.bands import (
 from dit_sparse.methods.levels import largest
 from dit_sparse.methods.lists import check_block_size
 from dit_sparse.methods.order import ImageTiles, image_tiles
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.traits import Params
 
 RELEASED_DECIMATION = 128  # fixed in the released code, whatever the block size
 

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.lists import MAX_COUNT, check_count, check_share, identity
 from dit_sparse.methods.params import build_method, params_of
 from dit_sparse.methods.radial import Radial
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.traits import Params
 
 _FULL_BLOCKS = 128  # of the dense plan on refresh steps, where the block size does not matter
 _SCRATCH = 64 * 2**20  # bytes of fp32 outputs held at a time

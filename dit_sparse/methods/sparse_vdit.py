@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import MAX_ENTRIES, check_block_size, check_count, check_share
 from dit_sparse.methods.order import patch_major
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.traits import Params
 
 Pattern = Literal["full", "skip", "diagonal", "multi_diagonal", "vertical_stripe"]
 Spans = tuple[tuple[float, float], ...]

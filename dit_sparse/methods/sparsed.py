@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -21,13 +22,12 @@ from dit_sparse.methods.lists import (
     video_blocks,
 )
 from dit_sparse.methods.steps import step_at
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.traits import Params
 
 _SLACK = 1e-9
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.methods.head_bands import (
     SPATIAL,
     TEMPORAL,
@@ -31,14 +32,13 @@ from dit_sparse.methods.lists import (
     identity,
     listed_plan,
 )
-from dit_sparse.plan import BlockPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.traits import Params
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.core.tiles import pack_bits
 from dit_sparse.methods.order import Ordered, boxes
-from dit_sparse.plan import BlockPlan
-from dit_sparse.tiles import pack_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
 from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -25,10 +25,10 @@ from dit_sparse.methods.lists import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.plan import BlockPlan
-    from dit_sparse.traits import Params
+    from dit_sparse.core.call import AttentionCall, Ops
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
+    from dit_sparse.core.traits import Params
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,16 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline, ModularPipeline
-
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
     from types import FrameType
 
-PIPELINES = (DiffusionPipeline, ModularPipeline)
+# Base classes of pipelines, by module: a module that nobody imported has no instances. To import
+# them here would be a circle, as they get our methods while they are imported.
+PIPELINES = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
 
 
 @dataclass(slots=True)
@@ -51,6 +54,11 @@ def find_caller(known: Any = None) -> Caller | None:
     Args:
         known: An object that counts as a pipeline whatever its class.
     """
+    bases = tuple(
+        getattr(sys.modules[module], name)
+        for module, name in PIPELINES.items()
+        if module in sys.modules
+    )
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     timestep = None
     while frame is not None:
@@ -61,7 +69,7 @@ def find_caller(known: Any = None) -> Caller | None:
             scope = frame.f_locals
             timestep = scope.get("t") if timestep is None else timestep
             owner = scope.get("self")
-            if isinstance(owner, PIPELINES) or (known is not None and owner is known):
+            if isinstance(owner, bases) or (known is not None and owner is known):
                 return Caller(owner, scope, timestep)
         frame = frame.f_back
     return None

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import UnsupportedError
-from dit_sparse.grid import LatentsGrid
 
 if TYPE_CHECKING:
     from collections.abc import Callable

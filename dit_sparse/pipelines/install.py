@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give every Diffusers pipeline class its methods, at ``import dit_sparse``."""
+"""Give a base class of Diffusers pipelines its methods; ``dit_sparse/__init__.py`` says when."""
 
 from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline, ModularPipeline
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 def install(
+    base: Any,
     enable: Callable[..., Any],
     disable: Callable[..., Any],
     current: Callable[..., Any],
@@ -22,11 +21,10 @@ def install(
 
     ``check`` is asked before an attribute of a pipeline is set, and may raise.
     """
-    for base in (DiffusionPipeline, ModularPipeline):
-        base.enable_sparse_attention = enable
-        base.disable_sparse_attention = disable
-        base.sparse_attention = property(current, doc="What is attached, or None.")
-        _watch(base, check)
+    base.enable_sparse_attention = enable
+    base.disable_sparse_attention = disable
+    base.sparse_attention = property(current, doc="What is attached, or None.")
+    _watch(base, check)
 
 
 def _watch(base: Any, check: Callable[[Any, str, Any], None]) -> None:

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
 
 ROWS = 1024  # query rows compared at once: a mask of [tokens, tokens] is never copied whole
 

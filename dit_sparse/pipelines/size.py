@@ -22,7 +22,7 @@ from dit_sparse.pipelines.family import Unsized
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.pipelines.family import Family, Shape
 
 

@@ -19,8 +19,8 @@ from dit_sparse.methods.params import build_method, param_names, params_of
 from dit_sparse.profiler.errors import ProfileError
 
 if TYPE_CHECKING:
-    from dit_sparse.call import Method
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.call import Method
+    from dit_sparse.core.grid import LatentsGrid
 
 LEVELS = (0.5, 0.25, 0.125)  # densities aimed at
 SMALL_GRID, SMALL_BLOCK, BLOCK = 8192, 64, 128  # tokens; block sizes below and from there on

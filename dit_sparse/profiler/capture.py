@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.apply import enable
+from dit_sparse.attach.apply import enable
 from dit_sparse.methods.steps import step_at
 from dit_sparse.profiler.candidates import SMALL_GRID, resolve
 from dit_sparse.profiler.errors import ProfileError
@@ -25,9 +25,9 @@ from dit_sparse.strategy import Strategy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dit_sparse.call import AttentionCall
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.call import AttentionCall
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
     from dit_sparse.profiler.candidates import Candidate, Wanted
 
 SAMPLE_SMALL, SAMPLE = 16, 64  # rows of blocks, below SMALL_GRID tokens and from there on
@@ -259,6 +259,6 @@ def call_of(pipe: Any, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def candidates_of(wanted: tuple[Wanted, ...], about: dict[str, Any]) -> tuple[Candidate, ...]:
     """Resolve the candidates that a unit was measured with."""
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
 
     return resolve(wanted, LatentsGrid(*about["grid"]))

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dit_sparse.forecast import ATTENTION_RATE, EFFICIENCY, OTHER_RATE, forecast_method
+from dit_sparse.forecast.generation import ATTENTION_RATE, EFFICIENCY, OTHER_RATE, forecast_method
 from dit_sparse.methods import method_class
 from dit_sparse.methods.params import build_method
 from dit_sparse.profiler.candidates import LEVELS, block_for

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import PrivateAttr
 
-from dit_sparse.call import Method
-from dit_sparse.head_groups import head_index, select_heads
-from dit_sparse.plan import BlockPlan
+from dit_sparse.attach.head_groups import head_index, select_heads
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.profiler.choose import choose
 from dit_sparse.profiler.cost import CostModel
 from dit_sparse.profiler.table import cells_of, sum_up
@@ -30,7 +30,7 @@ from dit_sparse.strategy import Choice, Rule, Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Ops
+    from dit_sparse.core.call import AttentionCall, Ops
     from dit_sparse.profiler.capture import Capture
     from dit_sparse.profiler.wish import Wish
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.grid import BlockLayout
-from dit_sparse.nbytes import nbytes
-from dit_sparse.plan import BlockPlan
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.core.sizes import nbytes
 from dit_sparse.profiler.candidates import block_for
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.profiler.sampling import Rows, block_of_token, block_sums, draw
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall, Method
+    from dit_sparse.core.call import AttentionCall, Method
     from dit_sparse.profiler.candidates import Candidate
 
 STATE_LIMIT = 8 * 2**30  # bytes

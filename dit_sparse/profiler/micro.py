@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.backends import Backends, describe_device
 from dit_sparse.bench.attention import make_plan
 from dit_sparse.bench.shapes import Shape
 from dit_sparse.bench.timing import Clock, alternate
-from dit_sparse.call import AttentionCall, Method, overrides_attend
-from dit_sparse.plan import BlockPlan
+from dit_sparse.core.call import AttentionCall, Method, overrides_attend
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.kernels.dispatch import Backends, describe_device
+from dit_sparse.kernels.synthetic import structured_inputs
 from dit_sparse.profiler.cost import CostModel, agreement, block_of
 from dit_sparse.profiler.measure import computed_share
-from dit_sparse.synthetic import structured_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
     from torch import Tensor
 
-    from dit_sparse.grid import LatentsGrid
+    from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.profiler.candidates import Candidate
 
     Qkv = tuple[Tensor, Tensor, Tensor]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_sparse.apply import enable
-from dit_sparse.backends import describe_device
-from dit_sparse.grid import LatentsGrid
-from dit_sparse.identity import text_digest
+from dit_sparse.attach.apply import enable
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import describe_device
 from dit_sparse.profiler.capture import call_of
 from dit_sparse.profiler.cost import CostModel
 from dit_sparse.profiler.micro import Size, measure_costs
 from dit_sparse.strategy import Strategy
+from dit_sparse.strategy.identity import text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

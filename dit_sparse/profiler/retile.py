@@ -12,17 +12,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.forecast.counted import counted_density, grid_of
 from dit_sparse.methods import method_class
 from dit_sparse.methods.params import params_of, words
 from dit_sparse.profiler.candidates import BLOCK, SMALL_BLOCK, block_for
-from dit_sparse.profiler.counted import counted_density, grid_of
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.strategy import Grid, Strategy
 
 if TYPE_CHECKING:
-    from dit_sparse.call import Method
+    from dit_sparse.core.call import Method
 
 DRIFT = 0.02  # densities that differ by more are told
 COUNTED = 16  # static choices whose density is counted at most: a large grid takes seconds each

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dit_sparse.apply import transformers_of
-from dit_sparse.backends import describe_device
-from dit_sparse.identity import pipeline_identity, plain
-from dit_sparse.identity import versions as all_versions
+from dit_sparse.attach.apply import transformers_of
+from dit_sparse.kernels.dispatch import describe_device
 from dit_sparse.profiler.build import figures, rules_of, strategy_of, versions
 from dit_sparse.profiler.candidates import parse_candidates
 from dit_sparse.profiler.capture import Bands, Measuring, candidates_of
@@ -24,15 +23,15 @@ from dit_sparse.profiler.table import cells_of, sum_up
 from dit_sparse.profiler.units import Work
 from dit_sparse.profiler.wish import Wish
 from dit_sparse.strategy import Receipt, Strategy
+from dit_sparse.strategy.identity import pipeline_identity, plain
+from dit_sparse.strategy.identity import versions as all_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from dit_sparse.profiler.candidates import Candidate
     from dit_sparse.profiler.table import Key, Row
     from dit_sparse.profiler.units import Choices, Units
 
-    Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 EDGES = (0.0, 1 / 3, 2 / 3, 1.0)
 Sequential = Literal["none", "bands", "layers"]

@@ -20,7 +20,7 @@ from dit_sparse.kernels.chunks import block_of_slot
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_sparse.backends import Backends
-from dit_sparse.grid import BlockLayout
-from dit_sparse.nbytes import nbytes
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.sizes import nbytes
+from dit_sparse.kernels.dispatch import Backends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dit_sparse.call import AttentionCall
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.call import AttentionCall
+    from dit_sparse.core.plan import BlockPlan
 
 
 class SharedOps(Backends):

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.identity import changed
+from dit_sparse.core.reading import load_json
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.profiler.schema import check_schema
-from dit_sparse.reading import load_json
+from dit_sparse.strategy.identity import changed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.methods.params import build_method
 from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.capture import Bands

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit_sparse.profiler.counted import counted_density, grid_of
+from dit_sparse.forecast.counted import counted_density, grid_of
 from dit_sparse.profiler.errors import ProfileError
 
 if TYPE_CHECKING:

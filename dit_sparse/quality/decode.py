@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_sparse.core.video import MAX_PIXELS, frame_too_large
 from dit_sparse.quality.errors import QualityInputError
-from dit_sparse.video import MAX_PIXELS, frame_too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.identity import changed, text_digest
+from dit_sparse.core.reading import load_json
 from dit_sparse.quality.catalogue import now_there
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.compare import compare
@@ -33,7 +33,7 @@ from dit_sparse.quality.files import plain, replace_text, writing
 from dit_sparse.quality.record import store
 from dit_sparse.quality.report import write_comparison
 from dit_sparse.quality.versions import versions
-from dit_sparse.reading import load_json
+from dit_sparse.strategy.identity import changed, text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,7 +13,7 @@ from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.files import plain
 
 if TYPE_CHECKING:
-    from dit_sparse.video import Frames
+    from dit_sparse.core.video import Frames
 
 SCHEMA_VERSION = 2  # 1 did not record the whole pipeline
 DENSE, FLOOR = "dense", "floor"

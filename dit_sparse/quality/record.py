@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_sparse.core.video import difference, encode
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.decode import EXACT_TAG
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.files import replace_text, writing
-from dit_sparse.video import difference, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -103,7 +103,7 @@ def record(
 def store(clip: Clip, folder: Path, label: str, fps: float) -> dict[str, Any]:
     """Store one clip lossless and, where it is a video, as a small mp4; describe the files."""
     if clip.frames == 1:
-        from dit_sparse.video import write_png
+        from dit_sparse.core.video import write_png
 
         path = folder / f"{label}.png"
         write_png(path, next(clip.read()))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tables import code, markdown, prose, size, table
 
 from dit_sparse.cli.methods import _default, _type, arguments
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.inspect import draw_views, observe_synthetic
 from dit_sparse.inspect.observe import observe_static
 from dit_sparse.methods import METHODS, method_class

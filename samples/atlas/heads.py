@@ -17,7 +17,7 @@ from dit_sparse.inspect.mass import SHARES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.call import AttentionCall
+    from dit_sparse.core.call import AttentionCall
     from dit_sparse.inspect.mass import HeadMass
 
 NEAR = 2  # latent rows and columns to either side that count as the same place

@@ -19,10 +19,10 @@ from diffusers import DiffusionPipeline
 from heads import Head, measure, uniform_shares
 
 from dit_sparse import Strategy
-from dit_sparse.backends import Backends
 from dit_sparse.cli.source import SampleDefaults, Settings
 from dit_sparse.inspect.mass import attention_mass
 from dit_sparse.inspect.observe import observe_run
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.profiler.capture import call_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fidelity"))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dit_sparse.grid import LatentsGrid
-from dit_sparse.runtime import Runtime
+from dit_sparse.attach.runtime import Runtime
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:

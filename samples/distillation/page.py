@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from findings import FINDINGS
 
-from dit_sparse.video import frame_strip, write_mp4, write_png
+from dit_sparse.core.video import frame_strip, write_mp4, write_png
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -26,8 +26,8 @@ from diffusers import DiffusionPipeline
 
 import dit_sparse
 from dit_sparse.cli.source import SampleDefaults, Settings
-from dit_sparse.identity import pipeline_identity, remember, versions
 from dit_sparse.quality import compare
+from dit_sparse.strategy.identity import pipeline_identity, remember, versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from checker import check

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from dit_sparse.call import AttentionCall
+    from dit_sparse.core.call import AttentionCall
     from dit_sparse.profiler import Profile
     from dit_sparse.strategy import Strategy
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.backends import Backends
 from dit_sparse.inspect.observe import observe_run
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import method_class
 from dit_sparse.methods.params import build_method, param_names, params_of
 from dit_sparse.profiler.candidates import Candidate, block_for
@@ -17,9 +17,9 @@ from dit_sparse.strategy import Strategy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dit_sparse.call import AttentionCall
-    from dit_sparse.grid import LatentsGrid
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.call import AttentionCall
+    from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
 
 BISECTIONS = 9
 NEAR = 0.01  # of density: no other way to set the knob is tried

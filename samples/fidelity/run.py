@@ -24,9 +24,9 @@ from models import MODELS
 from strip import draw_strip
 
 from dit_sparse.cli.source import SampleDefaults, Settings
-from dit_sparse.identity import pipeline_identity, remember, versions
 from dit_sparse.methods import METHODS
-from dit_sparse.strategy_io import write_text
+from dit_sparse.strategy.files import write_text
+from dit_sparse.strategy.identity import pipeline_identity, remember, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "benchmarks" / "fidelity"

@@ -22,9 +22,9 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 from dit_sparse import sparse_attention
-from dit_sparse.prompts import read_prompt_file
+from dit_sparse.core.prompts import read_prompt_file
+from dit_sparse.core.video import as_uint8
 from dit_sparse.quality import psnr, ssim
-from dit_sparse.video import as_uint8
 
 
 def main() -> None:

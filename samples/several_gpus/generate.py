@@ -23,8 +23,8 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 
 import dit_sparse  # noqa: F401  (gives every pipeline enable_sparse_attention)
-from dit_sparse.prompts import read_prompt_file
-from dit_sparse.video import as_uint8, write_mp4
+from dit_sparse.core.prompts import read_prompt_file
+from dit_sparse.core.video import as_uint8, write_mp4
 
 
 def main() -> None:

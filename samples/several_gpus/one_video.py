@@ -19,7 +19,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig, DiffusionPipeline
 
 import dit_sparse  # noqa: F401  (gives every pipeline enable_sparse_attention)
-from dit_sparse.video import as_uint8, write_mp4
+from dit_sparse.core.video import as_uint8, write_mp4
 
 
 def main() -> None:

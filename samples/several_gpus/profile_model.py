@@ -19,8 +19,8 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from dit_sparse.core.prompts import read_prompt_file
 from dit_sparse.profiler import Store, Wish, profile
-from dit_sparse.prompts import read_prompt_file
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from dit_sparse.grid import LatentsGrid
-from dit_sparse.runtime import Runtime
+from dit_sparse.attach.runtime import Runtime
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.strategy import Strategy
 
 WANTED = {"strategy": str, "num_layers": int, "num_heads": int}

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.distill.attention import TrainableAttention, check_trainable
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.errors import GeometryError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.kernels import reference
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.gilbert import gilbert_order
 from dit_sparse.strategy import Strategy

@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from dit_sparse.core.video import write_mp4
 from dit_sparse.distill.clips import encode_clip, encode_clips, list_clips, normalized, read_frames
 from dit_sparse.distill.conditions import encode
 from dit_sparse.distill.config import Size
 from dit_sparse.distill.draw import Draw
 from dit_sparse.distill.errors import DistillError
 from dit_sparse.distill.train import Trainer
-from dit_sparse.video import write_mp4
 from tests import tiny
 from tests.distill import setup
 

@@ -118,9 +118,9 @@ def density(strategy, grid):
     """Count kept pairs of a method's plan, by a kernel: which keys each query really read."""
     import torch
 
-    from dit_sparse.backends import Backends
-    from dit_sparse.call import AttentionCall
+    from dit_sparse.core.call import AttentionCall
     from dit_sparse.kernels import reference
+    from dit_sparse.kernels.dispatch import Backends
     from dit_sparse.methods.params import build_method
 
     method = build_method(strategy["name"], strategy["params"])

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dit_sparse.backends import Backends
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.inspect.atlas import Atlas, Band, Layout, Quantity
 from dit_sparse.inspect.colours import RAMPS, UNKNOWN, colour_of, mixed
 from dit_sparse.inspect.fill import (
@@ -31,6 +30,7 @@ from dit_sparse.inspect.observe import observe_run, observe_static
 from dit_sparse.inspect.pictures import Pictures, kept_picture, mass_picture, seen_picture
 from dit_sparse.inspect.poster import draw_poster
 from dit_sparse.inspect.survey import layout_of, strategy_atlas
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.params import build_method
 from dit_sparse.profiler import Bands, Store, Wish, profile

@@ -12,8 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dit_sparse.cli import app
+from dit_sparse.core.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import BlockLayout, LatentsGrid
 from dit_sparse.inspect import (
     draw_views,
     kept_keys,
@@ -24,7 +25,6 @@ from dit_sparse.inspect import (
 from dit_sparse.inspect.draw import DROPPED, KEPT, MAP, MARGIN, TEXT
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.params import param_names
-from dit_sparse.plan import BlockPlan
 from dit_sparse.strategy import Strategy
 from tests import tiny
 from tests.methods.naive import NaiveOps, make_call, token_mask

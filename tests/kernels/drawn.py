@@ -4,7 +4,7 @@
 import torch
 from hypothesis import strategies as st
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
 
 
 @st.composite

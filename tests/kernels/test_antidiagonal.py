@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import BlockLayout
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import chunks, reference
 from dit_sparse.kernels.antidiagonal import antidiagonal
 from tests.kernels.drawn import close, layouts, spans
@@ -70,7 +70,7 @@ def test_stride_1_is_the_exact_mass(data, seed, batch, heads):
     q, kv = data.draw(layouts(batch, heads)), data.draw(layouts(batch, heads))
     query = attention_inputs(seed, batch, q.slots, heads, 8)[0]
     key = attention_inputs(seed + 1, batch, kv.slots, heads, 8)[1]
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.plan import BlockPlan
 
     dense = BlockPlan.full(q, kv)
     _, lse = reference.attend(query, key, key, dense, 0.35)

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import KERNELS, Backends, exp_error
-from dit_sparse.canary import compare
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import reference
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.canary import compare
+from dit_sparse.kernels.dispatch import KERNELS, Backends, exp_error
 from tests.plans import cases, inputs_for
 from tests.strategies import head_dims
 

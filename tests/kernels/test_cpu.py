@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse.bench import measure_peak_memory
-from dit_sparse.canary import compare
-from dit_sparse.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import cpu, cpu_fused, cpu_mass, cpu_rows, cpu_tiles, reference
+from dit_sparse.kernels.canary import compare
 from dit_sparse.kernels.cpu_rows import piece_length, pieces_of, rows_of, slots_of
-from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for, sides
 from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
 

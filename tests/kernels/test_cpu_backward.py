@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
-from dit_sparse.grid import BlockLayout, cut
+from dit_sparse.core.grid import BlockLayout, cut
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import cpu, cpu_backward, reference
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.dispatch import Backends
 from tests.plans import cases, inputs_for
 from tests.strategies import generator
 

@@ -12,21 +12,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
 from dit_sparse.bench import measure_peak_memory
-from dit_sparse.call import AttentionCall
-from dit_sparse.canary import (
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.errors import KernelError, NativeUnavailable
+from dit_sparse.kernels import cpu, native, native_library, reference
+from dit_sparse.kernels.canary import (
     RACE_MOST_ROUNDS,
     RACE_ROUNDS,
     RACE_TOKENS,
     compare,
     torch_is_faster,
 )
-from dit_sparse.errors import KernelError, NativeUnavailable
-from dit_sparse.grid import BlockLayout, LatentsGrid
-from dit_sparse.kernels import cpu, native, native_library, reference
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import method_class
-from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for, sides
 from tests.strategies import attention_inputs, batches, generator, head_counts, seeds
 
@@ -228,7 +228,9 @@ def test_the_faster_kernel_is_chosen_once(monkeypatch, slow_rounds, rounds, winn
     original, quick = native.attend, cpu.attend
     monkeypatch.setattr(native, "attend", slow)
     monkeypatch.setattr(cpu, "attend", lambda *args: (time.sleep(0.01), quick(*args))[1])
-    monkeypatch.setattr("dit_sparse.backends.torch_is_faster", cache(torch_is_faster.__wrapped__))
+    monkeypatch.setattr(
+        "dit_sparse.kernels.dispatch.torch_is_faster", cache(torch_is_faster.__wrapped__)
+    )
     tensors = inputs_for(PLAN, 1, 2, 16, 0, torch.float32)
     for _ in range(2):  # another pipeline's asks no more
         ops = Backends()

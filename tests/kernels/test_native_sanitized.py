@@ -18,7 +18,7 @@ import ctypes, sys
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from dit_sparse.canary import compare
+from dit_sparse.kernels.canary import compare
 from dit_sparse.kernels import native, native_library
 from tests.plans import cases, inputs_for
 

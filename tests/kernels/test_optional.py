@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.backends import BY_NAME_ONLY, KERNELS, Backends
-from dit_sparse.canary import check_kernel, compare
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import cudnn, flashinfer, flex
-from dit_sparse.plan import BlockPlan
+from dit_sparse.kernels.canary import check_kernel, compare
+from dit_sparse.kernels.dispatch import BY_NAME_ONLY, KERNELS, Backends
 from tests.plans import cases, inputs_for
 
 OPTIONAL = ["flex", "cudnn", "flashinfer"]

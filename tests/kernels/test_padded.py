@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.canary import small_plan
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import reference
+from dit_sparse.kernels.canary import small_plan
 from dit_sparse.kernels.padded import padded, reasons_against_padding
-from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for
 
 

@@ -6,10 +6,10 @@ import inspect
 import pytest
 import torch
 
-from dit_sparse.backends import Backends
-from dit_sparse.call import Ops
+from dit_sparse.core.call import Ops
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.kernels.planning import Planning
-from dit_sparse.plan import BlockPlan
 from tests.strategies import attention_inputs
 
 NAMES = [name for name in vars(Planning) if not name.startswith("_")]
@@ -58,7 +58,7 @@ def test_clusters_make_a_plan_that_runs():
 
 def test_an_operation_never_reads_values_back():
     """On the meta device there is nothing to read: what asks for a value raises."""
-    from dit_sparse.grid import BlockLayout, cut
+    from dit_sparse.core.grid import BlockLayout, cut
 
     ops, layout = Backends(), BlockLayout.from_lengths(cut(200, 64)).to("meta")
     x = torch.empty(2, 200, 3, 16, device="meta")

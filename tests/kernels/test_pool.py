@@ -79,7 +79,7 @@ def test_sorted_and_indexed_sums_agree(seed, groups, n, segments):
 
 
 def test_pool_in_many_chunks_is_the_same(monkeypatch):
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
     x = attention_inputs(3, 2, 93, 3, 8, torch.bfloat16)[0]
     uniform = BlockLayout.from_lengths([16] * 5 + [13])
@@ -93,7 +93,7 @@ def test_pool_in_many_chunks_is_the_same(monkeypatch):
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [0, 1, 2]])
 def test_block_of_slot_finds_unsorted_blocks_and_gaps(order):
-    from dit_sparse.grid import BlockLayout
+    from dit_sparse.core.grid import BlockLayout
 
     starts = torch.tensor([0, 3, 3], dtype=torch.int32)[order][None, None]
     lengths = torch.tensor([2, 0, 3], dtype=torch.int32)[order][None, None]

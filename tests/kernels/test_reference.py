@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import reference
-from dit_sparse.plan import BlockPlan
 from tests.plans import cases, inputs_for, sides
 from tests.strategies import batches, generator, head_counts, seeds
 

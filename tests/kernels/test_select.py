@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import chunks
 from dit_sparse.kernels.select import select_top_k, select_top_p
-from dit_sparse.plan import BlockPlan
 from tests.strategies import generator, seeds
 
 

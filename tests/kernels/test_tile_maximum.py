@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import BlockLayout
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import chunks
 from dit_sparse.kernels.tile_maximum import sampled_slots, tile_maximum
 from tests.kernels.drawn import close, layouts, spans

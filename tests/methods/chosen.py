@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from tests.methods.naive import make_call
 from tests.strategies import seeds, valid_text_lengths
 

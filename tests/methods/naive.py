@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from dit_sparse.call import AttentionCall
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.kernels.planning import Planning
 from tests.strategies import attention_inputs
 

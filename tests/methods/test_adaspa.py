@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods.adaspa import AdaSpa
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
 from tests.strategies import batches, head_counts, seeds, valid_text_lengths

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.gilbert import curve, gilbert_order
 from tests.methods.chosen import block_sizes, runs, tokens_kept, valid_keys

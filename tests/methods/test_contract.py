@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import build_method, param_names, params_of
-from dit_sparse.schedule import Schedule
+from dit_sparse.strategy.schedule import Schedule
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
 from tests.strategies import latents_grids, seeds, valid_text_lengths
 

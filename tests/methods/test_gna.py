@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.kernels import reference
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import gna
 from dit_sparse.methods.gna import GNA
 from dit_sparse.methods.params import build_method

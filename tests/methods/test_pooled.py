@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods.pooled import Pooled
 from tests.methods.chosen import best, block_sizes, blocks_of, heaviest, runs, tokens_kept
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask

@@ -13,8 +13,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.methods import bands, radial
 from dit_sparse.methods.radial import Radial
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods.params import build_method, params_of
 from dit_sparse.methods.rettention import Rettention
 from tests.methods.chosen import runs, valid_keys

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dit_sparse
-from dit_sparse.backends import Backends
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods.sparse_vdit import PATTERNS, SparseVDiT
 from dit_sparse.strategy import Strategy
 from tests import tiny

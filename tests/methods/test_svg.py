@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods.head_bands import band_errors, band_width
 from dit_sparse.methods.svg import SVG
 from tests.methods.chosen import block_sizes, runs, tokens_kept

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.kernels import reference
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods.svg2 import SVG2
 from tests.methods.chosen import block_sizes, runs, tokens_kept
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
@@ -308,7 +308,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.slow
 def test_32k_tokens_are_planned_and_compensated_in_little_memory():
-    from dit_sparse.backends import Backends
+    from dit_sparse.kernels.dispatch import Backends
 
     call = make_call(LatentsGrid(21, 30, 52), heads=2, scale=64**-0.5)
     shape = (1, 32760, 2, 64)

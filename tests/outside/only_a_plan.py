@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dit_sparse.call import Method
-from dit_sparse.plan import BlockPlan
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 
 
 @dataclass(frozen=True, slots=True)

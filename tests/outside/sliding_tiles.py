@@ -16,11 +16,11 @@ from typing import ClassVar
 
 import torch
 
-from dit_sparse.call import Method
+from dit_sparse.core.call import Method
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.levels import largest
 from dit_sparse.methods.order import boxes
-from dit_sparse.plan import BlockPlan
 
 
 @dataclass(frozen=True, slots=True)

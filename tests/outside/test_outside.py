@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import dit_sparse
 from dit_sparse import Strategy, StrategyError, methods
 from dit_sparse.cli import app
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import build_method
 from dit_sparse.profiler import Bands, Wish, parse_candidates, profile, resolve

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dit_sparse
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import build_method
 from dit_sparse.pipelines import parallel

@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.profiler.candidates import LEVELS, parse_candidates, presets, resolve
 from dit_sparse.profiler.errors import ProfileError

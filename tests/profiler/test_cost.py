@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.cost import CostModel, agreement, block_of
 from dit_sparse.profiler.micro import Size, _fit, measure_costs
@@ -72,8 +72,8 @@ def test_assumed_planning_follows_from_how_a_method_chooses():
 
 
 def test_quantisation_counts_whole_blocks():
-    from dit_sparse.grid import BlockLayout
-    from dit_sparse.plan import BlockPlan
+    from dit_sparse.core.grid import BlockLayout
+    from dit_sparse.core.plan import BlockPlan
     from dit_sparse.profiler.measure import computed_share
 
     layout = BlockLayout.from_lengths([8, 8, 3])

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from dit_sparse.forecast import ATTENTION_RATE, OTHER_RATE
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.forecast.generation import ATTENTION_RATE, OTHER_RATE
 from dit_sparse.pipelines import family_by_name
 from dit_sparse.pipelines.size import ModelSize
 from dit_sparse.profiler.candidates import parse_candidates

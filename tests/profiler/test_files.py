@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import dit_sparse
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import DitSparseError, StrategyError
-from dit_sparse.grid import LatentsGrid
 from dit_sparse.profiler import ProfileError, Store
 from dit_sparse.profiler.difference import difference
 from dit_sparse.profiler.retile import retile

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.profiler.candidates import Candidate, parse_candidates, resolve
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.profiler.measure import Meter, memory_bound
@@ -227,7 +227,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.measure import Meter, memory_bound
 sys.path.insert(0, sys.argv[1])

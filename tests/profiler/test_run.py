@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dit_sparse
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.profiler import Bands, ProfileError, Store, Wish, profile
 from dit_sparse.profiler.build import rules_of
 from dit_sparse.profiler.candidates import Candidate, parse_candidates, resolve

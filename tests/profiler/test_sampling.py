@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.backends import Backends
-from dit_sparse.grid import BlockLayout, LatentsGrid
-from dit_sparse.plan import BlockPlan
+from dit_sparse.core.grid import BlockLayout, LatentsGrid
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.capture import Measuring
 from dit_sparse.profiler.errors import ProfileError

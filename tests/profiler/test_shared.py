@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_sparse.backends import Backends
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.measure import Meter
 from dit_sparse.profiler.shared import SharedOps

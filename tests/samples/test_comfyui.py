@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dit_sparse import GeometryError, LatentsGrid, Strategy, StrategyError
-from dit_sparse.backends import Backends
-from dit_sparse.call import AttentionCall
+from dit_sparse.core.call import AttentionCall
 from dit_sparse.kernels import reference
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.strategy import Model, Rule, Schedule
 from tests import tiny
 

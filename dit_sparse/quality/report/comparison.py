@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dit_sparse.core.pages import render
+from dit_sparse.core.video import DIFFERENCE_FULL
 from dit_sparse.quality.report import pictures
 from dit_sparse.quality.report.charts import curve, number
-from dit_sparse.video import DIFFERENCE_FULL
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dit_sparse.core.reading import visible
 from dit_sparse.quality.report.charts import number
 from dit_sparse.quality.report.comparison import shown
-from dit_sparse.reading import visible
 
 if TYPE_CHECKING:
     from dit_sparse.quality.compare import Comparison

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_sparse.core.video import difference
 from dit_sparse.quality.record import DEFAULT_FPS, beside, differences, write_preview
-from dit_sparse.video import difference
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.core.reading import load_json
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.files import write_json, writing
 from dit_sparse.quality.record import DEFAULT_FPS, write_preview
 from dit_sparse.quality.vbench.dimensions import LONG_SECONDS
-from dit_sparse.reading import load_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.core.reading import MAX_BYTES, load_text, refuse_controls
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.vbench.dimensions import DIMENSIONS
-from dit_sparse.reading import MAX_BYTES, load_text, refuse_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

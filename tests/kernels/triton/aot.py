@@ -33,7 +33,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import triton_target as choose
 from dit_sparse.kernels.triton_attention import is_plain
 from dit_sparse.kernels.triton_backward import backward_launches
@@ -41,7 +42,6 @@ from dit_sparse.kernels.triton_forward import forward_launch
 from dit_sparse.kernels.triton_hopper import hopper_launch, hopper_tiling
 from dit_sparse.kernels.triton_kmeans import assign_launch, update_launches
 from dit_sparse.kernels.triton_mass import block_mass_launch
-from dit_sparse.plan import BlockPlan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

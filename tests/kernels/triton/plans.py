@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels.triton_target import Tiling
-from dit_sparse.plan import BlockPlan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # bfloat16 is wrong in Triton's interpreter, without a word: it is tested on a GPU only.

@@ -30,10 +30,10 @@ import torch
 from dit_sparse.bench.attention import make_plan
 from dit_sparse.bench.shapes import Shape
 from dit_sparse.bench.timing import Clock, alternate, dense_calls
-from dit_sparse.grid import LatentsGrid
+from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.core.machine import environment
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_target import Tiling, forward_tiling, target_of
-from dit_sparse.machine import environment
 
 WORKERS = 12  # compilers at a time
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_sparse import backends
-from dit_sparse.backends import Backends
-from dit_sparse.canary import check_lloyd
 from dit_sparse.errors import KernelError
-from dit_sparse.kernels import triton_kmeans
+from dit_sparse.kernels import dispatch, triton_kmeans
+from dit_sparse.kernels.canary import check_lloyd
+from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.kernels.kmeans import kmeans
 from tests.kernels.triton.plans import DEVICE, DTYPES
 
@@ -61,6 +60,6 @@ def test_on_a_gpu_triton_answers_once_checked(dtype, monkeypatch):
     ops = Backends()
     assert ops._lloyd(points) is triton_kmeans.lloyd
     assert Backends("reference")._lloyd(points) is None
-    monkeypatch.setattr(backends, "check_lloyd", lambda *_: "labels differ")
+    monkeypatch.setattr(dispatch, "check_lloyd", lambda *_: "labels differ")
     with pytest.raises(KernelError, match="k-means in Triton failed its check"):
         Backends().kmeans(points, 4, 2)

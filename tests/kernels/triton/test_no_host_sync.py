@@ -11,7 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels.kmeans import cluster_order, expand_clusters
 from dit_sparse.kernels.select import select_top_k, select_top_p
 from dit_sparse.kernels.triton_backward import backward_launches
@@ -20,7 +21,6 @@ from dit_sparse.kernels.triton_kmeans import assign_launch, update_launches
 from dit_sparse.kernels.triton_launch import tile_table
 from dit_sparse.kernels.triton_mass import block_mass_launch
 from dit_sparse.kernels.triton_target import Tiling
-from dit_sparse.plan import BlockPlan
 
 BATCH, HEADS, BLOCKS, TOKENS, CLUSTERS = 2, 3, 4, 64, 5
 WAITS = (RuntimeError, NotImplementedError)

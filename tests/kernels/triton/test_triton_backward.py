@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_backward import backward, transposed_lists
 from dit_sparse.kernels.triton_target import Tiling
-from dit_sparse.plan import BlockPlan
 from tests.kernels.triton.plans import (
     DEVICE,
     DTYPES,

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_forward import forward_launch
 from dit_sparse.kernels.triton_launch import Launch
 from dit_sparse.kernels.triton_target import Tiling
-from dit_sparse.plan import BlockPlan
 from tests.kernels.triton.plans import (
     DEVICE,
     DTYPES,

@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_sparse.grid import BlockLayout
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import reference
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_hopper import hopper_reasons_against, hopper_tiling
-from dit_sparse.plan import BlockPlan
 from tests.kernels.triton.plans import assert_close, carried_roundings, eager, oracle_mask
 
 pytestmark = pytest.mark.gpu

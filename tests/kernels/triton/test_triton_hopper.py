@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_hopper import hopper_tiling
-from dit_sparse.plan import BlockPlan
 from tests.kernels.triton.plans import DEVICE, assert_close, eager, oracle_mask
 
 pytestmark = pytest.mark.skipif(

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse.core.grid import BlockLayout
 from dit_sparse.errors import KernelError
-from dit_sparse.grid import BlockLayout
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_target import Tiling
 from tests.kernels.triton.plans import DEVICE, DTYPES, assert_close

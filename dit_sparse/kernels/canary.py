@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a kernel can be trusted, and which of two is faster: both on a small problem."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.kernels import cpu, native, reference
+from dit_sparse.kernels.kmeans import kmeans
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RACE_TOKENS, RACE_BLOCK = 512, 64
+RACE_ROUNDS, RACE_MOST_ROUNDS = 3, 25
+RACE_MARGIN = 1.25
+
+
+def check_lloyd(lloyd: Any, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Run k-means on small whole numbers, where nothing is rounded; say what is wrong, if so."""
+    random = torch.Generator().manual_seed(0)
+    points = torch.randint(-2, 3, (1, 70, 2, head_dim), generator=random).float()
+    init = torch.randint(-2, 3, (1, 2, 9, head_dim), generator=random).float()
+    wanted = kmeans(points, 9, 1, init=init)
+    found = lloyd(points.to(device, dtype), init.to(device), 1)
+    for name, got, right in zip(("centroids", "labels", "counts"), found, wanted, strict=True):
+        if not torch.allclose(got.cpu().double(), right.double(), rtol=1e-6, atol=1e-6):
+            return f"{name} differ from the same in torch"
+    return None
+
+
+def check_kernel(
+    module: Any, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Run a kernel on a small problem with ragged and dropped blocks; say what is wrong, if so."""
+    plan = small_plan(device)
+    random = torch.Generator().manual_seed(0)
+    shape = (1, plan.query_length, 2, head_dim)
+    query, key, value = (
+        torch.randn(shape, generator=random).to(device=device, dtype=dtype) for _ in range(3)
+    )
+    with torch.no_grad():
+        output, lse = module.attend(query, key, value, plan, head_dim**-0.5)
+        error = getattr(module, "EXP_ERROR", 0.0)
+        return compare(query, key, value, plan, head_dim**-0.5, output, lse, error)
+
+
+@cache
+@torch.no_grad()
+def torch_is_faster(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's CPU kernel clearly beats the native one on this machine.
+
+    Times a sparse call of 512 tokens and 2 heads with a quarter of its blocks kept, in some
+    milliseconds; the best round counts. The answer is remembered for the process, and torch has to
+    win by ``RACE_MARGIN`` over many rounds: the two kernels round differently, so a race that is
+    decided by what else runs on the machine would make the same generation differ from run to run.
+    """
+    modules = {"native": native, "cpu": cpu}
+    layout = BlockLayout.from_lengths([RACE_BLOCK] * (RACE_TOKENS // RACE_BLOCK))
+    place = torch.arange(layout.blocks)
+    mask = (place[:, None] * 5 + place * 3) % 4 == 0  # scattered, as a method would keep them
+    plan = BlockPlan.from_block_mask(mask[None, None], layout, layout)
+    random = torch.Generator().manual_seed(0)
+    shape = (1, RACE_TOKENS, 2, head_dim)
+    query, key, value = (torch.randn(shape, generator=random).to(dtype) for _ in range(3))
+    best = dict.fromkeys(modules, float("inf"))
+    for done in range(1, RACE_MOST_ROUNDS + 1):
+        for name, module in modules.items():
+            start = time.perf_counter()
+            module.attend(query, key, value, plan, head_dim**-0.5)
+            best[name] = min(best[name], time.perf_counter() - start)
+        if done >= RACE_ROUNDS and best["cpu"] * RACE_MARGIN >= best["native"]:
+            return False
+    return True
+
+
+def compare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+    exp_error: float = 0.0,
+) -> str | None:
+    """Compare a kernel's result with the float64 reference; say what is wrong, None if nothing.
+
+    The error may be twice that of the plain computation in the kernel's own dtype, plus one
+    rounding of the result (the LSE is an fp32 number, also for float64). ``exp_error`` is the
+    relative error that a kernel's exponentials have where they are not rounded to the last place;
+    in float64 there is none.
+    """
+    if output.shape != query.shape or output.dtype != query.dtype:
+        return (
+            f"output is {output.dtype} {tuple(output.shape)}, query is {query.dtype} "
+            f"{tuple(query.shape)}"
+        )
+    exact_o, exact_lse = reference.attend(query, key, value, plan, scale)
+    plain_o, plain_lse = reference.attend(query, key, value, plan, scale, dtype=query.dtype)
+    for name, got, exact, plain in (
+        ("output", output, exact_o, plain_o),
+        ("lse", lse, exact_lse, plain_lse),
+    ):
+        special = ~exact.isfinite()
+        same = torch.where(exact.isnan(), got.isnan(), got.double() == exact)
+        if bool((special & ~same).any()) or bool((~special & ~got.isfinite()).any()):
+            return f"{name} has nan or inf in other places than the reference"
+        zero = torch.zeros((), dtype=torch.float64, device=exact.device)
+        error = float(torch.where(special, zero, got.double() - exact).abs().max())
+        peak = float(torch.where(special, zero, exact).abs().max())
+        own = float(torch.where(special, zero, plain.double() - exact).abs().nan_to_num().max())
+        if query.dtype == torch.float64:  # that is the reference itself: take what theory allows
+            own, exp_error = _error_bound(query, key, value, plan, scale), 0.0
+        allowed = 2 * (own + torch.finfo(got.dtype).eps * peak) + exp_error * peak
+        if not error <= allowed:
+            return f"{name} differs by {error:.3g}, allowed are {allowed:.3g}"
+    return None
+
+
+def _error_bound(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
+) -> float:
+    """Bound the rounding error of attention in the inputs' dtype.
+
+    A dot product of n terms errs by at most n roundings of its size (Higham 2002, "Accuracy and
+    Stability of Numerical Algorithms", section 3.1); softmax passes a score's error on as the
+    relative error of a weight, twice: in the numerator and in the sum.
+    """
+
+    def most(x: Tensor) -> float:
+        return float(x.double().nan_to_num(posinf=0.0, neginf=0.0).norm(dim=-1).max())
+
+    score = abs(scale) * most(query) * most(key)
+    if plan.kv_log_weight is not None:
+        score += most(plan.kv_log_weight[..., None])
+    roundings = 2 * (query.shape[-1] + 1) * score + 2 * key.shape[1]
+    return torch.finfo(query.dtype).eps * roundings * most(value[..., None])
+
+
+def small_plan(device: torch.device) -> BlockPlan:
+    """Make a plan of unequal blocks, a ragged tail and an empty row, 2 heads."""
+    q = BlockLayout.from_lengths([64, 64, 37])
+    kv = BlockLayout.from_lengths([64, 32, 64, 5])
+    rows = [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0]]]
+    return BlockPlan.from_block_mask(torch.tensor([rows], dtype=torch.bool), q, kv).to(device)
