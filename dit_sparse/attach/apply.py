@@ -119,9 +119,12 @@ class SparseAttention(SparseEngine):
     def adopt(self) -> None:
         """Give newly set processors their derived class (fused QKV, adapters set since)."""
         for site in self._sites:
-            with suppress(ReferenceError):  # one of two transformers may have been freed
-                if (processor := adopt(site.module)) is not None:
-                    self._derived.add(processor)
+            try:
+                processor = adopt(site.module)
+            except ReferenceError:  # one of two transformers may have been freed
+                continue
+            if processor is not None:
+                self._derived.add(processor)
 
     def at(self, step: int, num_steps: int, branch: str = "cond") -> None:
         """Set the current step by hand, for a loop around a bare transformer in this thread.

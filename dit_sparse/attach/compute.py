@@ -190,7 +190,7 @@ class Computation:
         """Let the method finish, write down what ran, and mind its state."""
         call, plan = group.part, group.plan
         kernel = self.backends.last_kernel or "?"
-        part = Part(self._method_name(group.place[3]), call.heads, kernel, plan.density().mean(0))
+        part = Part(self._method_name(group.place[3]), call.heads, kernel, _of_each_head(plan))
         if self.probe and plan.kv_log_weight is None:
             part.recall = self._recall(call, lse)
         gone = tuple(head for head in call.heads if head not in group.kept)
@@ -208,6 +208,11 @@ class Computation:
         start = call.grid.text_start
         full = dense_lse(call.query, call.key, rows, call.scale, start, call.text_valid)
         return recall(lse, full, rows)
+
+
+def _of_each_head(plan: BlockPlan) -> Tensor:
+    """Give the density of each head, the mean over samples, ``[heads]``."""
+    return plan.once("density of heads", lambda: plan.density().mean(0))
 
 
 def _mind(memory: Memory, call: AttentionCall, place: Hashable) -> None:

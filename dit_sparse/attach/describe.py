@@ -72,7 +72,7 @@ def describe(
         raise Decline(HERE.unplaced)
     if min(query.shape) < 1 or min(shape[:3]) < 1:
         raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
-    grid = stage.family.grid(shape, query.shape[1])
+    grid = run.grid_of(stage.family, shape, query.shape[1])
     if grid.tokens != query.shape[1]:
         raise Decline(
             f"the latents are {grid} = {grid.tokens} tokens, attention has {query.shape[1]} "

@@ -7,8 +7,10 @@ that torch's ``BlockMask`` and cuDNN's block-sparse attention share. Everything 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,16 @@ from dit_sparse.core.plan_file import (
 from dit_sparse.core.tiles import invert_tiles, pack_tiles, unpack_tiles
 from dit_sparse.errors import PlanError
 
+T = TypeVar("T")
+_TENSORS = (
+    "kv_indices",
+    "kv_num_blocks",
+    "partial",
+    "tiles",
+    "q_permutation",
+    "kv_permutation",
+    "kv_log_weight",
+)
 _COUNTS = ("q_tokens", "kv_tokens", "dense_keys")
 _DENSITY_CHUNK = 1 << 22  # list entries looked at together
 
@@ -74,6 +86,7 @@ class BlockPlan:
     dense_keys: int | None = None
     complete: bool = False
     measured: bool = False
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and devices; ``validate`` also reads the values."""
@@ -153,15 +166,25 @@ class BlockPlan:
             return plan
         return replace(plan, partial=index.gather(-1, plan.kv_indices.long()), tiles=tiles)
 
+    def once(self, key: str, build: Callable[[], T]) -> T:
+        """Return what ``build`` made the first time that this plan was asked for ``key``.
+
+        Plans are reused at every step; a kernel may keep here what it derives from one.
+        """
+        if key not in self._known:
+            self._known[key] = build()
+        found: T = self._known[key]
+        return found
+
     @property
     def batch(self) -> int:
         """Samples that the plan tells apart; 1 = the same for all."""
-        return self._leading(0)
+        return self.once("batch", lambda: self._leading(0))
 
     @property
     def heads(self) -> int:
         """Heads that the plan tells apart; 1 = the same for all."""
-        return self._leading(1)
+        return self.once("heads", lambda: self._leading(1))
 
     @property
     def query_length(self) -> int:
@@ -196,10 +219,10 @@ class BlockPlan:
             "kv.starts": self.kv.starts,
             "kv.lengths": self.kv.lengths,
         }
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                found[field.name] = value
+        for name in _TENSORS:
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = value
         return found
 
     def density(self) -> Tensor:
@@ -207,7 +230,11 @@ class BlockPlan:
 
         Text, pooled keys and forced blocks count as what they are; a plan with pooled keys can
         exceed what its block lists suggest, and a fully kept one with pooled keys exceeds 1.
+        Counted once a plan.
         """
+        return self.once("density", self._count_density)
+
+    def _count_density(self) -> Tensor:
         batch, heads, blocks = self.batch, self.heads, self.q.blocks
         queries = self.q.lengths.expand(batch, heads, -1).double()
         lengths = self.kv.lengths.expand(batch, heads, -1)
@@ -296,19 +323,26 @@ class BlockPlan:
 
     def with_keys(self, kv: BlockLayout) -> BlockPlan:
         """Exchange the key layout for one with the same blocks but other lengths (padding cut)."""
+        if kv is self.kv:
+            return self
+        known = self._known.get("with keys")
+        if known is not None and known.kv is kv:  # every layer of a pass asks with the same one
+            found: BlockPlan = known
+            return found
         if kv.blocks != self.kv.blocks or kv.slots != self.kv.slots:
             raise PlanError(
                 f"the new key layout must keep {self.kv.blocks} blocks over {self.kv.slots} "
                 f"slots, got {kv.blocks} over {kv.slots}"
             )
-        return replace(self, kv=kv)
+        made = self._known["with keys"] = replace(self, kv=kv)
+        return made
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """Move every tensor to ``device``."""
         moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor | BlockLayout)
+            each.name: getattr(self, each.name).to(device)
+            for each in fields(self)
+            if isinstance(getattr(self, each.name), Tensor | BlockLayout)
         }
         return replace(self, **moved)
 
@@ -339,7 +373,7 @@ class BlockPlan:
     def load(cls, path: str | PathLike[str]) -> BlockPlan:
         """Read a plan that ``save`` wrote, and validate it."""
         with blaming(path):
-            parts = read_parts(path, {field.name for field in fields(cls)}, _COUNTS)
+            parts = read_parts(path, {each.name for each in fields(cls) if each.init}, _COUNTS)
             for name in ("q_tokens", "kv_tokens"):
                 check_room(name, parts[name] or 1, MAX_SLOTS)
             plan = cls(**parts)

@@ -71,7 +71,12 @@ class _Call(ctypes.Structure):
 
 def instruction_sets() -> list[str]:
     """Name the instruction sets that the library holds and this processor has, best first."""
-    found = native_library.load().dit_sparse_instruction_sets()
+    return _instruction_sets(native_library.load())
+
+
+@cache
+def _instruction_sets(library: ctypes.CDLL) -> list[str]:
+    found = library.dit_sparse_instruction_sets()
     return [name for name in BEST_FIRST if found & INSTRUCTION_SETS[name]]
 
 
@@ -164,8 +169,8 @@ def block_mass(
     query, key = (_rows(x.detach()) for x in (query, key))
     mass = torch.zeros(query.shape[0], query.shape[2], q.blocks, kv.blocks)
     lse = lse.detach().float().contiguous()
-    held = [query, key, lse, mass]
-    call = _call(query, key, None, None, lse, mass, scale)
+    call, held = _Call(), [query, key, lse, mass]
+    _describe(call, query, key, None, None, lse, mass, scale)
     _lay_out_sides(call, q, kv, held)
     keys = float(kv.lengths.sum(-1).double().mean())
     return mass if _run(call, keys, instruction_set) else None
@@ -185,14 +190,16 @@ def _attend(
     batch, tokens, heads, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype)
     lse = torch.empty(batch, heads, tokens)
-    held: list[Tensor] = [query, key, value, output, lse]
-    call = _call(query, key, value, output, lse, mass, scale)
-    _lay_out(call, plan, held)
-    keys = float(plan.kv_num_blocks.double().mean()) * plan.kv.max_length
+    laid_out, _ = plan.once("native", lambda: _lay_out(plan))
+    call = _Call.from_buffer_copy(laid_out)
+    _describe(call, query, key, value, output, lse, mass, scale)
+    kept = plan.once("kept blocks", lambda: float(plan.kv_num_blocks.double().mean()))
+    keys = kept * plan.kv.max_length
     return (output, lse, mass) if _run(call, keys, instruction_set) else None
 
 
-def _call(
+def _describe(
+    call: _Call,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -200,9 +207,8 @@ def _call(
     lse: Tensor,
     mass: Tensor | None,
     scale: float,
-) -> _Call:
+) -> None:
     """Describe the tensors of a call; whoever runs it holds them."""
-    call = _Call()
     for name, x in (("query", query), ("key", key), ("value", value), ("output", output)):
         if x is not None:
             setattr(call, name, x.data_ptr())
@@ -212,15 +218,16 @@ def _call(
     call.batch, call.tokens, call.heads, call.head_dim = query.shape
     call.kv_tokens = key.shape[1]
     call.dtype, call.scale = DTYPES[query.dtype], scale
-    return call
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _lay_out(call: _Call, plan: BlockPlan, held: list[Tensor]) -> None:
-    """Put a plan's tensors into a call; what is copied for it is added to ``held``."""
+def _lay_out(plan: BlockPlan) -> tuple[_Call, list[Tensor]]:
+    """Put a plan's tensors into a call, and give those that must be held while it is used."""
+    call = _Call()
+    held: list[Tensor] = []
     _lay_out_sides(call, plan.q, plan.kv, held)
     call.cap = plan.kv_indices.shape[-1]
     _put(call, held, "kv_indices", plan.kv_indices, "list_lead")
@@ -232,6 +239,7 @@ def _lay_out(call: _Call, plan: BlockPlan, held: list[Tensor]) -> None:
         _put(call, held, "partial", plan.partial)
         _put(call, held, "tiles", plan.tiles)
         call.tile_rows, call.tile_words = plan.tiles.shape[1:]
+    return call, held
 
 
 def _lay_out_sides(call: _Call, q: BlockLayout, kv: BlockLayout, held: list[Tensor]) -> None:

@@ -42,14 +42,22 @@ def derive(cls: Any) -> Any:
     Raises:
         UnsupportedError: The processor makes no attention call that can be rerouted.
     """
-    derived = _derive(cls, tuple(vars(each).get("__call__") for each in cls.__mro__))
+    derived = _derive(cls, _calls(cls))
     if derived is None:
         raise UnsupportedError(_refusal(cls))
     return derived
 
 
+def _calls(cls: Any) -> tuple[Any, ...]:
+    """Give what ``cls.__call__`` may come from: another object where somebody patched it."""
+    found = []
+    for each in cls.__mro__:
+        found.append(each.__dict__.get("__call__"))  # noqa: PERF401  (this runs in every layer)
+    return tuple(found)
+
+
 @functools.cache  # classes are made once per stock class; the cache is not state of any pipeline
-def _derive(cls: Any, calls: tuple[Any, ...]) -> Any:  # noqa: ARG001  (others once patched)
+def _derive(cls: Any, calls: tuple[Any, ...]) -> Any:
     above, own = _above(cls), called(cls.__call__)
     if above is None and own is None:
         return None
@@ -62,6 +70,7 @@ def _derive(cls: Any, calls: tuple[Any, ...]) -> Any:  # noqa: ARG001  (others o
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "stock": cls,
+        "calls": calls,
     }
     if own is not None:
         name, find = own
@@ -146,6 +155,9 @@ def adopt(module: Any) -> Any:
     A shared processor object (fused QKV) serves several modules: it is derived once, and finds
     its site through the module it is called with.
     """
+    now = type(module.processor)
+    if "calls" in now.__dict__ and now.calls == _calls(now.stock):
+        return None
     processor = bearer(module)
     derived = derive(_stock(type(processor)))
     if type(processor) is derived:

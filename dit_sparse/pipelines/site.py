@@ -101,8 +101,9 @@ class Site:
     def processor(self) -> Any:
         """The object whose code calls attention: the module's processor, or one it holds."""
         processor = self.module.processor
-        inner = (each for each in held(processor).values() if is_derived(each))
-        return processor if is_derived(processor) else next(inner, processor)
+        if is_derived(processor):
+            return processor
+        return next((each for each in held(processor).values() if is_derived(each)), processor)
 
     @property
     def alive(self) -> bool:
@@ -142,11 +143,6 @@ def is_derived(processor: Any) -> bool:
     return "stock" in vars(type(processor))
 
 
-def seq_second(query: Tensor, seq_axis: int) -> Tensor:
-    """Give ``[batch, seq_len, heads, head_dim]``, as a view, whichever axis the sequence is on."""
-    return query if seq_axis == 1 else query.transpose(1, 2)
-
-
 def compute(
     site: Site,
     query: Tensor,
@@ -176,13 +172,14 @@ def compute(
     if config is not None and seq_axis == 1:
         return _compute_share(site, query, key, value, mask, shape, scale, dense, config)
 
-    def dense_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own = (seq_second(each, seq_axis) for each in (q, k, v))
-        return seq_second(dense(*own), seq_axis)
+    if seq_axis == 1:
+        return site.engine.attention(site, query, key, value, mask, shape, scale, dense)
 
-    q, k, v = (seq_second(each, seq_axis) for each in (query, key, value))
-    result = site.engine.attention(site, q, k, v, mask, shape, scale, dense_here)
-    return seq_second(result, seq_axis)
+    def dense_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return site.engine.attention(site, q, k, v, mask, shape, scale, dense_here).transpose(1, 2)
 
 
 def _compute_share(

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import dit_sparse
-from dit_sparse import Strategy, StrategyError, hub
+from dit_sparse import Strategy, StrategyError
 from dit_sparse.cli import app
-from dit_sparse.strategy import CONFIG_NAME
+from dit_sparse.strategy import CONFIG_NAME, hub
 from tests import hub_server, tiny
 
 FAST = Strategy.single("radial", decay_factor=0.5, name="fast")

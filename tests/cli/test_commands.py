@@ -518,7 +518,7 @@ def test_doctor_says_what_would_run():
 
 
 def test_doctor_s_exit_code_is_1_where_something_is_wrong(monkeypatch):
-    from dit_sparse import doctor
+    from dit_sparse.forecast import doctor
 
     monkeypatch.setattr(doctor, "_ffmpeg", lambda: "no ffmpeg [at all]")
     result = run("doctor")

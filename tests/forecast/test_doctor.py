@@ -9,8 +9,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from dit_sparse import doctor
 from dit_sparse.core.machine import environment
+from dit_sparse.forecast import doctor
 from dit_sparse.kernels import cpu, dispatch, reference
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from dit_sparse import doctor
 from dit_sparse.errors import KernelError, NativeUnavailable
+from dit_sparse.forecast import doctor
 from dit_sparse.kernels import native, native_build, native_library
 
 SOURCE = """
