@@ -31,6 +31,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml dit_sparse/_version.py .ci/build_backend.py \
 	$(wildcard dit_sparse/kernels/native/*.cpp dit_sparse/kernels/native/*.h \
 		dit_sparse/kernels/native/*.json dit_sparse/kernels/native_build.py)
+# A file's models and fixtures are built in one process; long files come first (tests/conftest.py).
+SHARE := --dist loadfile --no-loadscope-reorder
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
@@ -44,15 +46,14 @@ demo: $(VENV)/.use
 	@$(BIN)/dit-sparse generate samples/wan-tiny "a red circle moving right" \
 		--strategy wan-tiny.adaspa -o outputs/demo --compare-dense --overwrite --threads 1
 
-# --dist loadfile: a file's models and fixtures are built in one process.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(SHARE) $(PYTEST_ARGS)
 
 # `+cpu` comes from PyTorch's own index only; without it pip takes $(TORCH), and says so.
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) TORCH="torch==2.9.0+cpu" SPARE="$(TORCH)" \
 		$(OLDEST)/.oldest
-	@$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" \
+	@$(OLDEST)/bin/python -m pytest -n $(JOBS) $(SHARE) -m "not slow and not gpu" \
 		$(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -64,7 +65,7 @@ floors: $(VENV)/.dev
 	@$(BIN)/python -m tests.floors
 
 check: lint
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(SHARE) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 bench: $(VENV)/.use
 	@$(BIN)/dit-sparse bench $(BENCH_ARGS)

@@ -23,6 +23,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 EXAMPLES = 25
+# Files that take a minute or more come first: one that began last would keep one process busy
+# when the others are done.
+LONG = (
+    "composition/test_compile.py",
+    "parallel/test_ulysses.py",
+    "kernels/test_native_sanitized.py",
+    "test_packaging.py",
+    "pipelines/test_conformance.py",
+    "parallel/test_several_gpus.py",
+    "pipelines/test_size.py",
+    "cli/test_quality.py",
+    "distill/test_two_processes.py",
+    "docs/test_site.py",
+)
 IN_CI = os.environ.get("CI", "").lower() not in {"", "0", "false"}
 
 torch.set_num_threads(1)  # a second process uses the second core
@@ -52,6 +66,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

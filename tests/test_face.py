@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user sees of the package first: its names, their types, and how soon it answers."""
 
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 import typing
@@ -9,6 +11,9 @@ import typing
 import pytest
 
 import dit_sparse
+from tests.floors import FLOORS
+
+FOLDERS = [name for names in FLOORS for name in names]
 
 
 def python(*arguments):
@@ -23,6 +28,13 @@ def test_dir_shows_the_public_names_and_no_others():
         assert getattr(dit_sparse, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = dit_sparse.nothing
+
+
+def test_no_public_function_hides_a_module():
+    for name in FOLDERS:
+        package = importlib.import_module(f"dit_sparse.{name}")
+        modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        assert not modules & set(getattr(package, "__all__", ()))
 
 
 def functions():

@@ -29,7 +29,7 @@ from dit_sparse.core.prompts import read_prompt_file
 from dit_sparse.errors import DitSparseError, GeometryError, PlanError, StrategyError
 from dit_sparse.forecast.counted import counted_density
 from dit_sparse.inspect.atlas import Atlas, Band, Layout
-from dit_sparse.inspect.page import page
+from dit_sparse.inspect.html import page
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.params import param_names
 from dit_sparse.quality.clips import open_clip

@@ -15,7 +15,7 @@ from rich.table import Table
 from dit_sparse.cli.console import OUT, Debug, UserError, progress, styled
 
 if TYPE_CHECKING:
-    from dit_sparse.quality.compare import Comparison
+    from dit_sparse.quality.comparison import Comparison
 
 EXAMPLES = (
     "dit-sparse compare out/dense.mkv out/sparse.mkv -o report --gate psnr>=25,psnr.worst>=18",
@@ -123,7 +123,7 @@ def run(
     did; 2: the clips cannot be read or do not fit each other.
     """
     from dit_sparse.cli.source import machine
-    from dit_sparse.quality.compare import compare
+    from dit_sparse.quality.comparison import compare
     from dit_sparse.quality.report import check_folder, write_comparison
 
     where, _ = machine(device, "auto")

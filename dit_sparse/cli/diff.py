@@ -12,7 +12,7 @@ from dit_sparse.cli.console import ERR, OUT, Debug, say
 from dit_sparse.cli.shape import Shape, load_strategy, shape_of
 
 if TYPE_CHECKING:
-    from dit_sparse.profiler.difference import Change
+    from dit_sparse.profiler.differences import Change
 
 EXAMPLES = (
     "dit-sparse diff mine.json yours.json",
@@ -54,7 +54,7 @@ def run(
     compared. Exit code: 0 no difference, 1 some, 2 trouble.
     """
     with ERR.status("comparing"):
-        from dit_sparse.profiler.difference import about, changes
+        from dit_sparse.profiler.differences import about, changes
 
         (a, a_path), (b, b_path) = load_strategy(one), load_strategy(two)
         shape = shape_of(
@@ -110,7 +110,7 @@ def _show(
 ) -> None:
     from rich.table import Table
 
-    from dit_sparse.profiler.difference import ranges
+    from dit_sparse.profiler.differences import ranges
 
     if not told and not other:
         OUT.print("No difference.")

@@ -14,7 +14,7 @@ from dit_sparse.cli.shape import Shape, load_strategy, shape_of
 
 if TYPE_CHECKING:
     from dit_sparse.core.grid import LatentsGrid
-    from dit_sparse.profiler.retile import Retiled
+    from dit_sparse.profiler.retiling import Retiled
     from dit_sparse.profiler.stored import Stored
     from dit_sparse.strategy import Strategy
 
@@ -76,7 +76,7 @@ def run(
         _check_output(output, overwrite=overwrite)
     with ERR.status("re-tiling"):
         from dit_sparse.forecast.counted import grid_of
-        from dit_sparse.profiler.retile import refit
+        from dit_sparse.profiler.retiling import refit
 
         found, path = load_strategy(strategy)
         if found.grid is None:

@@ -3,14 +3,14 @@
 
 ``view.py`` reads plans, ``mass.py`` attention, ``observe.py`` gets both from a method or from a
 running pipeline, ``draw.py`` draws heads under each other. ``atlas.py`` is the map of a whole
-strategy or model, ``survey.py`` fills in what is known, ``fill.py`` pictures; ``page.py`` and
+strategy or model, ``survey.py`` fills in what is known, ``fill.py`` pictures; ``html.py`` and
 ``poster.py`` show it.
 """
 
 from dit_sparse.inspect.atlas import Atlas
 from dit_sparse.inspect.draw import draw_views
+from dit_sparse.inspect.html import page
 from dit_sparse.inspect.observe import observe_pipeline, observe_run, observe_synthetic
-from dit_sparse.inspect.page import page
 from dit_sparse.inspect.poster import draw_poster
 from dit_sparse.inspect.survey import layout_of, strategy_atlas
 from dit_sparse.inspect.view import HeadView, kept_keys, views_of

@@ -7,15 +7,15 @@ on a sample of rows (``sampling.py``) and with what they have in common done onc
 says before how long it takes. ``cost.py`` predicts a strategy's time (``micro.py`` measures the
 device, ``outcome.py`` the strategy itself), ``table.py`` sums up, ``choose.py`` applies the wish,
 ``search.py`` chooses, ``store.py`` keeps what was measured, ``build.py`` writes the strategy,
-``run.py`` puts them together. ``difference.py`` tells two strategies apart, ``retile.py`` fits one
-to another size.
+``run.py`` puts them together. ``differences.py`` tells two strategies apart, ``retiling.py`` fits
+one to another size.
 """
 
 from dit_sparse.profiler.candidates import Candidate, parse_candidates, resolve
 from dit_sparse.profiler.capture import Bands
-from dit_sparse.profiler.difference import difference
+from dit_sparse.profiler.differences import difference
 from dit_sparse.profiler.errors import ProfileError
-from dit_sparse.profiler.retile import retile
+from dit_sparse.profiler.retiling import retile
 from dit_sparse.profiler.run import Profile, profile
 from dit_sparse.profiler.store import Store
 from dit_sparse.profiler.wish import Wish

@@ -7,10 +7,10 @@ write_comparison(found, "report")
 """
 
 from dit_sparse.quality.clips import Clip, open_clip
-from dit_sparse.quality.compare import Comparison, compare
+from dit_sparse.quality.comparison import Comparison, compare
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.metrics import ms_ssim, psnr, psnr_pooled, ssim
-from dit_sparse.quality.record import record
+from dit_sparse.quality.recording import record
 from dit_sparse.quality.report import write_comparison
 from dit_sparse.quality.scores import Scores
 from dit_sparse.quality.weights import find_weights

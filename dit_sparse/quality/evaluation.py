@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dit_sparse.core.reading import load_json
 from dit_sparse.quality.catalogue import now_there
 from dit_sparse.quality.clips import file_hash, open_clip
-from dit_sparse.quality.compare import compare
+from dit_sparse.quality.comparison import compare
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.evaluation_setup import (
     DENSE,
@@ -30,7 +30,7 @@ from dit_sparse.quality.evaluation_setup import (
     Setup,
 )
 from dit_sparse.quality.files import plain, replace_text, writing
-from dit_sparse.quality.record import store
+from dit_sparse.quality.recording import store
 from dit_sparse.quality.report import write_comparison
 from dit_sparse.quality.versions import versions
 from dit_sparse.strategy.identity import changed, text_digest

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dit_sparse.cli import app
 from dit_sparse.quality import open_clip
-from dit_sparse.quality.record import write_exact
+from dit_sparse.quality.recording import write_exact
 from dit_sparse.strategy import Strategy
 from tests.quality.conftest import moving, noisy
 

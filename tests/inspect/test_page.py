@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dit_sparse.cli import app
 from dit_sparse.inspect.atlas import Atlas, Band, Candidates, Choice, Layout, Quantity
-from dit_sparse.inspect.page import page
+from dit_sparse.inspect.html import page
 from dit_sparse.inspect.survey import layout_of, strategy_atlas
 from dit_sparse.strategy import Receipt, Rule, Strategy, shipped_names
 

@@ -21,7 +21,7 @@ from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.methods.params import build_method
 from dit_sparse.profiler import Bands, Wish, parse_candidates, profile, resolve
-from dit_sparse.profiler.retile import refit
+from dit_sparse.profiler.retiling import refit
 from dit_sparse.strategy import Grid, Rule
 from tests import test_forecast, test_hostile, tiny
 from tests.inspect import test_atlas, test_inspect

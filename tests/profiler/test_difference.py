@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dit_sparse.cli import app
 from dit_sparse.methods.params import params_of, words
-from dit_sparse.profiler.difference import about, changes, ranges
+from dit_sparse.profiler.differences import about, changes, ranges
 from dit_sparse.strategy import Grid, Model, Receipt, Rule, Strategy
 
 LAYERS, HEADS, STEPS = 3, 4, 6

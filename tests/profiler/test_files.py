@@ -15,8 +15,8 @@ import dit_sparse
 from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import DitSparseError, StrategyError
 from dit_sparse.profiler import ProfileError, Store
-from dit_sparse.profiler.difference import difference
-from dit_sparse.profiler.retile import retile
+from dit_sparse.profiler.differences import difference
+from dit_sparse.profiler.retiling import retile
 from dit_sparse.strategy import Grid, Model, Receipt, Rule, Strategy
 from tests import tiny
 

@@ -16,7 +16,7 @@ from dit_sparse.forecast.counted import counted_density
 from dit_sparse.methods import METHODS, method_class
 from dit_sparse.profiler import Bands, ProfileError, Store, Wish, profile
 from dit_sparse.profiler.candidates import Candidate
-from dit_sparse.profiler.retile import refit, retile
+from dit_sparse.profiler.retiling import refit, retile
 from dit_sparse.profiler.search import Cell
 from dit_sparse.profiler.stored import Stored, beside, fits, read_stored
 from dit_sparse.profiler.table import Row

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dit_sparse.quality import QualityInputError, compare, open_clip, record
 from dit_sparse.quality.decode import ffmpeg
-from dit_sparse.quality.record import write_exact, write_preview
+from dit_sparse.quality.recording import write_exact, write_preview
 from tests.quality.conftest import moving, noisy
 
 

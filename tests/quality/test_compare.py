@@ -15,7 +15,7 @@ from dit_sparse.quality import QualityInputError, compare, psnr, ssim
 from dit_sparse.quality.catalogue import DEFAULT, FAMILIES, chosen, kinds
 from dit_sparse.quality.gates import parse_gates
 from dit_sparse.quality.pairs import Meter
-from dit_sparse.quality.record import write_exact
+from dit_sparse.quality.recording import write_exact
 from tests.quality.conftest import moving, noisy
 
 CHEAP = ["psnr", "ssim", "motion_ratio"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dit_sparse.quality import QualityInputError, compare, open_clip, write_comparison
-from dit_sparse.quality.record import write_exact
+from dit_sparse.quality.recording import write_exact
 from dit_sparse.quality.report import check_folder, pictures
 from dit_sparse.quality.report.charts import Axis, Point, axis, front, number, pareto
 from dit_sparse.quality.report.markdown import escape

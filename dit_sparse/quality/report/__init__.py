@@ -15,7 +15,7 @@ from dit_sparse.quality.report import comparison, evaluation, markdown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dit_sparse.quality.compare import Comparison
+    from dit_sparse.quality.comparison import Comparison
     from dit_sparse.quality.summary import Summary
 
 NAMES = ("report.json", "report.md", "report.html")

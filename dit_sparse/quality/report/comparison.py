@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
     from dit_sparse.quality.clips import Clip
-    from dit_sparse.quality.compare import Comparison
+    from dit_sparse.quality.comparison import Comparison
     from dit_sparse.quality.scores import Scores
 
 TEMPLATE = Path(__file__).parent / "templates" / "comparison.html"

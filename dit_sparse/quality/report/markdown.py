@@ -10,7 +10,7 @@ from dit_sparse.quality.report.charts import number
 from dit_sparse.quality.report.comparison import shown
 
 if TYPE_CHECKING:
-    from dit_sparse.quality.compare import Comparison
+    from dit_sparse.quality.comparison import Comparison
 
 
 def comparison(found: Comparison) -> str:

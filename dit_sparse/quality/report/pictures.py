@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dit_sparse.core.video import difference
-from dit_sparse.quality.record import DEFAULT_FPS, beside, differences, write_preview
+from dit_sparse.quality.recording import DEFAULT_FPS, beside, differences, write_preview
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dit_sparse.quality.clips import Clip
-    from dit_sparse.quality.compare import Comparison
+    from dit_sparse.quality.comparison import Comparison
     from dit_sparse.quality.pairs import Frame
 
 EMBED = 8 * 2**20  # bytes of a file above which it stands beside the page

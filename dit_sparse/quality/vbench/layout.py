@@ -17,7 +17,7 @@ from dit_sparse.core.reading import load_json
 from dit_sparse.quality.clips import file_hash, open_clip
 from dit_sparse.quality.errors import QualityInputError
 from dit_sparse.quality.files import write_json, writing
-from dit_sparse.quality.record import DEFAULT_FPS, write_preview
+from dit_sparse.quality.recording import DEFAULT_FPS, write_preview
 from dit_sparse.quality.vbench.dimensions import LONG_SECONDS
 
 if TYPE_CHECKING:
