@@ -6,29 +6,32 @@ Only what ``--help`` needs is imported here; a command imports the rest when it 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from dit_sparse._version import __version__
-from dit_sparse.cli import (
-    bench,
-    compare,
-    diff,
-    doctor,
-    evaluate,
-    forecast,
-    generate,
-    inspect,
-    methods,
-    profile,
-    retile,
-    vbench,
-)
 from dit_sparse.cli.console import guarded
 
 __all__ = ["app", "main"]
 
+# In the order of ``--help``: a file of that name here, with ``run`` and ``EXAMPLES``, or with an
+# ``app`` of commands.
+COMMANDS = (
+    "generate",
+    "evaluate",
+    "compare",
+    "methods",
+    "forecast",
+    "inspect",
+    "profile",
+    "diff",
+    "retile",
+    "doctor",
+    "bench",
+    "vbench",
+)
 app = typer.Typer(
     name="dit-sparse",
     no_args_is_help=True,
@@ -36,23 +39,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 99},
 )
-for _name, _command in (
-    ("generate", generate),
-    ("evaluate", evaluate),
-    ("compare", compare),
-    ("methods", methods),
-    ("forecast", forecast),
-    ("inspect", inspect),
-    ("profile", profile),
-    ("diff", diff),
-    ("retile", retile),
-    ("doctor", doctor),
-    ("bench", bench),
-):
+for _name in COMMANDS:
+    _command = import_module(f"{__name__}.{_name}")
+    if hasattr(_command, "app"):
+        app.add_typer(_command.app, name=_name)
+        continue
     # Rich joins the lines of an epilog, except where an empty one stands between them.
     _epilog = "\n\n".join(("Examples:", *_command.EXAMPLES))
     app.command(_name, epilog=_epilog)(guarded(_command.run))
-app.add_typer(vbench.app, name="vbench")
 
 
 def _show_version(value: bool) -> None:

@@ -253,3 +253,18 @@ def test_worst_follows_what_is_better():
     ratios = Scores("x", "", "", 1.0, (0.4, 1.0, 2.2), better="one", first=1)
     assert (ratios.worst, ratios.worst_frame) == (0.4, 1)  # 1 / 0.4 is further than 2.2
     assert ratios.spread == pytest.approx(np.percentile((0.4, 1, 2.2), 90) - 0.52)
+
+
+def test_equal_clips_have_the_best_value_of_every_row_that_can_be_measured_here():
+    clip = moving(5, 192, 192)
+    rows = compare(clip, clip, metrics=["all"]).rows
+    assert set(rows) == set(kinds())
+    measured = {name: row for name, row in rows.items() if row.ok}
+    assert {"psnr", "ssim", "ms_ssim", "psnr_temporal", "motion_ratio"} <= set(measured)
+    changed = compare(clip, noisy(clip, 9), metrics=["all"]).rows
+    for name, row in measured.items():
+        best = {"one": 1.0, "zero": 0.0, "lower": 0.0}
+        if row.better in best:
+            assert row.value == pytest.approx(best[row.better], abs=1e-6), name
+        else:
+            assert row.value > changed[name].value, name
