@@ -91,6 +91,13 @@ class Computation:
         output = None if len(groups) == 1 else torch.empty_like(call.value)
         planned: list[Planned] = []
         for rule, method, heads in groups:
+            if method is None and self.watch is None:
+                record.parts.append(Part("dense", heads, site.dense_name))
+                own = self._dense(call, heads, dense)
+                if output is None:
+                    return own
+                output[:, :, head_index(heads)] = own
+                continue
             part = select_heads(call, heads)
             plan = None
             place = (call.stage, call.layer, call.branch, rule)
@@ -163,6 +170,8 @@ class Computation:
 
     @staticmethod
     def _dense(call: AttentionCall, heads: tuple[int, ...], dense: Dense) -> Tensor:
+        if len(heads) == len(call.heads):
+            return dense(call.query, call.key, call.value)
         part = select_heads(call, heads)
         return dense(part.query, part.key, part.value)
 

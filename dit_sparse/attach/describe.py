@@ -62,34 +62,32 @@ def describe(
         raise Decline("gradients are asked for; run under torch.no_grad()")
     if moment is None:
         raise Decline(now.reason or "the step of this pass is not known")
-    record.step, record.branch = (
-        moment.step,
-        _branch(run, site, stage, moment, query.shape[0]),
-    )
+    batch, tokens, heads, head_dim = query.shape
+    record.step, record.branch = moment.step, _branch(run, site, stage, moment, batch)
     if HERE.declined is not None:
         raise Decline(HERE.declined)
     if shape is None:
         raise Decline(HERE.unplaced)
-    if min(query.shape) < 1 or min(shape[:3]) < 1:
+    if not (batch and tokens and heads and head_dim and min(shape[:3]) > 0):
         raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
-    grid = run.grid_of(stage.family, shape, query.shape[1])
-    if grid.tokens != query.shape[1]:
+    grid = run.grid_of(stage.family, shape, tokens)
+    if grid.tokens != tokens:
         raise Decline(
-            f"the latents are {grid} = {grid.tokens} tokens, attention has {query.shape[1]} "
+            f"the latents are {grid} = {grid.tokens} tokens, attention has {tokens} "
             "(reference images, history frames or a cache that drops tokens)"
         )
     run.enter(site.stage, grid)
-    valid, order = _text_valid(run, mask, grid, stage, record, query.shape[0])
+    valid, order = _text_valid(run, mask, grid, stage, record, batch)
     call = AttentionCall(
         query,
         key,
         value,
         grid,
-        query.shape[-1] ** -0.5 if scale is None else scale,
+        head_dim**-0.5 if scale is None else scale,
         text_valid=valid,
         layer=site.layer,
         num_layers=stage.num_layers,
-        heads=tuple(range(query.shape[2])),
+        heads=tuple(range(heads)),
         step=moment.step,
         num_steps=moment.num_steps,
         stage=site.stage,

@@ -91,6 +91,8 @@ def _watched() -> str | None:
 
     Perturbed-attention guidance puts a function mode over it and answers it otherwise.
     """
+    if not torch._C._len_torch_function_stack():  # noqa: SLF001
+        return None
     for mode in torch.overrides._get_current_function_mode_stack():  # noqa: SLF001
         name = type(mode).__name__
         if name != "DeviceContext":  # torch.set_default_device, with torch.device(...)
