@@ -14,10 +14,12 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import pytest
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
+from packaging.version import Version
 
 import dit_sparse
 from dit_sparse.pipelines import FAMILIES, parallel
@@ -306,7 +308,10 @@ def others(world: World) -> dict[str, Any]:
         {"heads": [1], "method": "sparse_vdit",
          "params": {"patterns": ["full", "diagonal"], "diagonal_density": 0.2, **SMALL}},
     ]  # fmt: skip
+    old = Version(diffusers.__version__) < Version("0.42")
     for name in sorted(set(parallel.SPLIT) - set(FAMILIES)):
+        if old and name == "QwenImageTransformer2DModel":
+            continue  # stock by itself gives another result than one process (seen in 0.38.0)
         case = CLASSES[name]
         inputs = {**case.inputs(1), "return_dict": False}  # as pipelines do; the plan demands it
         if name.startswith("Flux2"):  # its pipelines' shape, the one that the plan splits

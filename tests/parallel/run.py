@@ -42,6 +42,8 @@ def process(rank: int, processes: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     # Diffusers asks for the number of accelerators, and divides by it: a CPU has none.
     torch.accelerator.device_count = lambda: 1
+    # It also gathers sizes there, and a build for CUDA names a GPU where there is none.
+    torch.accelerator.current_accelerator = lambda *_, **__: None
     dist.all_gather = functools.partial(all_gather, dist.all_gather)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
