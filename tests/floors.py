@@ -23,7 +23,7 @@ FLOORS = (
 # And these of its own floor: docs/decisions/0005-floors.md has the reasons.
 ASIDE = {
     "attach": {"strategy"},
-    "profiler": {"bench", "forecast", "quality"},
+    "profiler": {"bench", "forecast"},
     "inspect": {"forecast", "profiler"},
     "distill": {"forecast"},
 }

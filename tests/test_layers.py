@@ -123,6 +123,16 @@ def write(root: Path, files: dict[str, str]) -> Path:
     return root / PACKAGE
 
 
+FOUND = arrows(ROOT / PACKAGE)
+
+
+def test_a_newcomer_finds_every_folder():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for number, names in enumerate(FLOORS):
+        for name in names:
+            assert f"| {number} | `{name}/` |" in text
+
+
 def test_imports_go_downwards():
     found = violations(ROOT / PACKAGE)
     assert not found, "\n".join(found)
@@ -153,6 +163,8 @@ def test_only_folders_and_five_files_stand_in_the_package():
 def test_arrows_on_one_floor_go_one_way():
     for name, others in ASIDE.items():
         assert {floor(other) for other in others} == {floor(name)}
+        used = {folder(target) for module, _, target in FOUND if folder(module) == name}
+        assert others <= used, f"{name}: an arrow that nobody uses goes"
     TopologicalSorter(ASIDE).prepare()
 
 
