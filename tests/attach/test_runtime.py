@@ -7,8 +7,10 @@ import torch
 from dit_sparse import GeometryError, LatentsGrid, Strategy, StrategyError
 from dit_sparse.attach.runtime import Runtime
 from dit_sparse.kernels import reference
+from dit_sparse.methods.params import build_method
 from dit_sparse.strategy import Rule
 from tests import tiny
+from tests.methods.naive import make_call
 
 GRID = LatentsGrid(3, 4, 6)
 METHOD = {"window": [1, 3, 3], "tile": [1, 4, 4]}
@@ -41,6 +43,25 @@ def test_heads_of_a_rule_are_sparse_and_the_others_go_to_the_program():
     torch.testing.assert_close(output[:, :, 1:], wanted.float())
     (row, *_) = runtime.report().rows
     assert row["layer"] == 0
+
+
+def test_every_call_is_planned_on_its_own_grid():
+    runtime, plans = Runtime(HALF, num_layers=1, num_heads=2), []
+    runtime.watch = lambda call, plan, name: plans.append((call.grid, plan))
+    grids = (
+        GRID,
+        LatentsGrid(2, 4, 6),
+        LatentsGrid(3, 6, 4),
+        GRID,
+    )  # the third is as long
+    for grid in grids:
+        q, k, v = (tiny.normal(1, grid.tokens, 2, 8, seed=i) for i in range(3))
+        runtime.attend(q, k, v, grid=grid, layer=0, step=0, num_steps=2)
+    seen = [(grid, plan) for grid, plan in plans if plan is not None]
+    assert [grid for grid, _ in seen] == list(grids)
+    for grid, plan in seen:
+        fresh = build_method("gna", METHOD).plan(make_call(grid, heads=1), None)
+        assert torch.equal(plan.block_mask(), fresh.block_mask())
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
