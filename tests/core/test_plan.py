@@ -109,6 +109,11 @@ def test_key_lengths_can_be_exchanged():
     plan = BlockPlan.full(layout, layout).with_keys(shorter)
     assert plan.kv is shorter
     assert float(plan.density()) == 1.0  # of the keys that are there
+    assert plan.with_keys(shorter) is plan
+    other = BlockLayout(layout.starts, torch.tensor([[[4, 2]]], dtype=torch.int32), 8, 4)
+    for wanted in (other, layout, other, other):  # two guidance branches, one text each
+        assert plan.with_keys(wanted).kv is wanted
+    assert plan.with_keys(other) is plan.with_keys(other)
     with pytest.raises(PlanError, match="2 blocks over 8 slots, got 1 over 8"):
         plan.with_keys(BlockLayout.from_lengths([8]))
 
