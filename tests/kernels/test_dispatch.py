@@ -13,7 +13,9 @@ from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.kernels import cpu
 from dit_sparse.kernels import dispatch as module
+from dit_sparse.kernels.canary import compare
 from dit_sparse.kernels.dispatch import BY_NAME_ONLY, KERNELS, Backends
+from tests import tiny
 from tests.strategies import attention_inputs
 
 LAYOUT = BlockLayout.from_lengths([16, 16, 7])
@@ -247,3 +249,22 @@ def test_bench_prints_no_speed_of_a_wrong_result(fake, small_bench, monkeypatch)
         assert "output differs" in found.fault
         assert found.sparse_ms is None
         assert found.efficiency is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_allowance_for_exponentials_is_what_they_can_move(seed):
+    """Weights off by up to e each, against the values' signs; the sum itself nearly cancels."""
+    e, layout = 4e-7, BlockLayout.from_lengths([16])
+    plan = BlockPlan.full(layout, layout)
+    query, key = (tiny.normal(1, 16, 1, 4, seed=seed + i) for i in (0, 10))
+    sign = torch.tensor([1.0, -1.0]).repeat(8)[:, None]
+    value = (sign * (2 + 0.1 * tiny.normal(16, 4, seed=seed))).reshape(1, 16, 1, 4)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * 0.01
+    weights = (scores.exp() * (1 + e * sign.double().flatten()))[0, 0]
+    lse = weights.sum(-1).log().float()[None, None]
+    moved = (weights / weights.sum(-1, keepdim=True)) @ value[0, :, 0].double()
+    output = moved.float().reshape(1, 16, 1, 4)
+    given = query, key, value, plan, 0.01, output, lse
+    assert compare(*given, e) is None
+    assert "output differs" in compare(*given, e / 10)
+    assert "output differs" in compare(*given)

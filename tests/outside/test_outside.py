@@ -23,7 +23,8 @@ from dit_sparse.methods.params import build_method
 from dit_sparse.profiler import Bands, Wish, parse_candidates, profile, resolve
 from dit_sparse.profiler.retiling import refit
 from dit_sparse.strategy import Grid, Rule
-from tests import test_forecast, test_hostile, tiny
+from tests import test_hostile, tiny
+from tests.forecast import test_generation
 from tests.inspect import test_atlas, test_inspect
 from tests.methods import test_contract, test_extremes
 from tests.methods.naive import NaiveOps, make_call, token_mask
@@ -92,7 +93,7 @@ DRAWN = {
 def loops():
     """Tests that run for every name of the table, and what else they are drawn."""
     found = []
-    for module in (test_contract, test_extremes, test_forecast, test_inspect, test_atlas,
+    for module in (test_contract, test_extremes, test_generation, test_inspect, test_atlas,
                    test_parallel, test_hostile):  # fmt: skip
         for name, test in vars(module).items():
             raw = getattr(getattr(test, "hypothesis", None), "inner_test", test)
@@ -157,7 +158,7 @@ def test_a_method_without_any_trait_does_not_get_in_the_way():
     rules = (Rule(method="only_a_plan"),)
     strategy = Strategy(name="x", grid=Grid(frames=3, height=8, width=8), rules=rules)
     assert "does not state" in refit(strategy, LatentsGrid(3, 8, 16)).stays[0]
-    test_forecast.test_memory_without_data_is_what_is_remembered_with_data("only_a_plan")
+    test_generation.test_memory_without_data_is_what_is_remembered_with_data("only_a_plan")
 
 
 def test_it_can_be_the_mask_of_a_compensating_method():
