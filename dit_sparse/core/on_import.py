@@ -62,8 +62,15 @@ class _Followed(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module; then it has its own loader back, and the action follows."""
+        """Run the module; then it has its own loader back, and the action follows.
+
+        Where either fails so does the import, and the action waits for the next one.
+        """
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        self.action(module)
+        try:
+            self.loader.exec_module(module)
+            self.action(module)
+        except BaseException:
+            sys.meta_path.insert(0, _Waiting(module.__name__, self.action))
+            raise

@@ -56,6 +56,18 @@ def test_an_error_of_the_action_is_one_of_the_import(later):
     assert later not in sys.modules
 
 
+def test_an_import_that_failed_may_be_tried_again(later, tmp_path):
+    seen, path = [], tmp_path / f"{later}.py"
+    path.write_text("import a_package_that_nobody_has\n")
+    on_import(later, seen.append)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(later)
+    path.write_text("value = 3, 4, 5, 6\n")
+    importlib.invalidate_caches()
+    assert importlib.import_module(later).value == (3, 4, 5, 6)
+    assert [module.value for module in seen] == [(3, 4, 5, 6)]
+
+
 def test_threads_that_import_at_once_see_it_done(later):
     seen, values = [], []
     on_import(later, lambda module: (seen.append(1), setattr(module, "value", 5)))
