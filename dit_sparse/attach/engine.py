@@ -280,6 +280,7 @@ class SparseEngine(Computation):
             attached_at=run.attached_at,
             guarantee=guarantee,
             others=self.others.as_dict(),
+            missing=self.backends.missing,
         )
 
     def state_size(self) -> int:

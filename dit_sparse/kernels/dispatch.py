@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import platform
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 from dit_sparse.core.grid import BlockLayout
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
+from dit_sparse.kernels import native
 from dit_sparse.kernels.canary import check_kernel, check_lloyd, small_plan, torch_is_faster
 from dit_sparse.kernels.kmeans import kmeans
 from dit_sparse.kernels.planning import Planning
@@ -59,6 +61,8 @@ class Backends(Planning):
         self.kernel = kernel
         self.last_kernel: str | None = None
         """Name of the kernel that answered the last call."""
+        self.missing = ""
+        """Why the native CPU kernel did not run where it would have been the first choice."""
         self._modules: dict[str, ModuleType | str] = {}
         self._trusted: set[Key] = set()
         self._measured: _Measured | None = None
@@ -242,12 +246,23 @@ class Backends(Planning):
             if not reasons and not isinstance(module, str):
                 if name == "native" and self.kernel is None:
                     return self._faster_on_cpu(query)
+                if name == "cpu" and self.kernel is None and not self.missing:
+                    self._say_what_is_missing()
                 return name, module
             against += [f"{name}: {reason}" for reason in reasons]
         raise KernelError(
             f"no kernel can {operation} {query.dtype} {tuple(query.shape)} on {query.device}:\n  "
             + "\n  ".join(against)
         )
+
+    def _say_what_is_missing(self) -> None:
+        self.missing = native.missing()
+        if self.missing:
+            warnings.warn(
+                "sparse attention runs in torch on this CPU, slower than it could: native "
+                f"kernel: {self.missing}",
+                stacklevel=2,
+            )
 
     def _torch_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
         """Give the kernel for numbers that the native one does not compute with, e.g. NaN."""

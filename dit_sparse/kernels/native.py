@@ -88,12 +88,18 @@ def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
         return [f"runs on the CPU, query is on {query.device}"]
     if query.dtype not in DTYPES:
         reasons.append(f"computes {', '.join(map(str, DTYPES))}, query is {query.dtype}")
-    try:
-        if not instruction_sets():
-            reasons.append(f"needs one of {', '.join(BEST_FIRST)}, which this processor has not")
-    except NativeUnavailable as error:
-        reasons.append(str(error))
+    if reason := missing():
+        reasons.append(reason)
     return reasons
+
+
+def missing() -> str:
+    """Say why this kernel cannot run on this machine at all, and what to do; empty: it can."""
+    try:
+        found = instruction_sets()
+    except NativeUnavailable as error:
+        return str(error)
+    return "" if found else f"needs one of {', '.join(BEST_FIRST)}, which this processor has not"
 
 
 def attend(

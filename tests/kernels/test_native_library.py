@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+import dit_sparse
 from dit_sparse.errors import KernelError, NativeUnavailable
 from dit_sparse.forecast import doctor
 from dit_sparse.kernels import native, native_build, native_library
+from tests import tiny
 
 SOURCE = """
 #include <cstdint>
@@ -264,3 +266,30 @@ def test_the_kernel_exports_its_own_names_and_needs_no_cpp_runtime():
         names = {line.split()[-1] for line in listed.splitlines()}
         assert "dit_sparse_abi_version" in names
         assert all(name.startswith("dit_sparse_") for name in names)
+
+
+def test_without_a_library_the_first_use_and_the_report_say_so(tmp_path, monkeypatch):
+    pipe, args = tiny.wan()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(native_build, "LIBRARIES", tmp_path)
+    with dit_sparse.sparse_attention(pipe, "pooled", density=0.5, block_size=8) as handle:
+        with pytest.warns(UserWarning, match=r"runs in torch .* no native library for") as seen:
+            tiny.run(pipe, args)
+        report = handle.report()
+        assert "dit-sparse doctor --build" in report.missing
+        assert report.missing in str(seen[0].message)
+        assert len(seen) == 1
+        assert "cpu" in report.kernels
+        assert f"the native CPU kernel did not run: {report.missing}" in report.summary()
+        tiny.run(pipe, args)  # said once
+    with (
+        dit_sparse.sparse_attention(pipe, "pooled", kernel="native", density=0.5, block_size=8),
+        pytest.raises(KernelError, match="no native library"),
+    ):
+        tiny.run(pipe, args)
+    monkeypatch.undo()
+    if native.missing():
+        return
+    with dit_sparse.sparse_attention(pipe, "pooled", density=0.5, block_size=8) as handle:
+        tiny.run(pipe, args)
+        assert not handle.report().missing
