@@ -92,6 +92,10 @@ class BlockPlan:
         """Check shapes, dtypes and devices; ``validate`` also reads the values."""
         _check_structure(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without what was worked out from it (``once``)."""
+        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
     @classmethod
     def from_block_mask(
         cls,

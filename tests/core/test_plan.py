@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: exact there and back, a true density, and a clear word for each way to be malformed."""
 
+import copy
 import math
+import pickle
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -13,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from dit_sparse.core.grid import BlockLayout
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import DitSparseError, PlanError
+from dit_sparse.kernels.dispatch import Backends
 from tests.kernels.test_reference import kept_keys, shared
-from tests.plans import cases, lengths
+from tests.plans import cases, inputs_for, lengths
 from tests.strategies import generator, seeds
 
 LISTS = ("kv_indices", "kv_num_blocks")
@@ -141,6 +144,16 @@ def test_a_saved_plan_comes_back(tmp_path_factory, case):
             theirs.spread,
         )
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@given(case=cases())
+def test_a_plan_that_was_used_is_copied_and_pickled(case):
+    plan, batch, heads, seed = case
+    plan.density()
+    Backends().attend(*inputs_for(plan, batch, heads, 4, seed, torch.float32), plan, 0.5)
+    for again in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert same(plan, again)
+        assert torch.equal(again.density(), plan.density())
 
 
 @pytest.fixture
