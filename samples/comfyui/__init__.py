@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dit_sparse.attach.runtime import Runtime
-from dit_sparse.core.grid import LatentsGrid
-from dit_sparse.strategy import Strategy
+from dit_sparse import LatentsGrid, Runtime, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

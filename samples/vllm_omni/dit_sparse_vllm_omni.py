@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from dit_sparse.attach.runtime import Runtime
-from dit_sparse.core.grid import LatentsGrid
-from dit_sparse.strategy import Strategy
+from dit_sparse import LatentsGrid, Runtime, Strategy
 
 WANTED = {"strategy": str, "num_layers": int, "num_heads": int}
 OPTIONAL = {
