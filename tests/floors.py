@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class Import(NamedTuple):
     name: str
 
 
+@cache  # the package is read once
 def modules(package: Path) -> dict[str, Path]:
     """Name every module of the package, dotted, without the package's own name."""
     found = {}
@@ -73,6 +75,7 @@ def imports(tree: ast.Module, module: str, *, is_package: bool) -> list[Import]:
     return found
 
 
+@cache
 def arrows(package: Path) -> list[Arrow]:
     """List the imports of the package's own modules."""
     files = modules(package)

@@ -91,22 +91,15 @@ class Computation:
         output = None if len(groups) == 1 else torch.empty_like(call.value)
         planned: list[Planned] = []
         for rule, method, heads in groups:
-            if method is None and self.watch is None:
-                record.parts.append(Part("dense", heads, site.dense_name))
-                own = self._dense(call, heads, dense)
-                if output is None:
-                    return own
-                output[:, :, head_index(heads)] = own
-                continue
-            part = select_heads(call, heads)
-            plan = None
-            place = (call.stage, call.layer, call.branch, rule)
+            plan, kept, place = None, heads, (call.stage, call.layer, call.branch, rule)
+            if method is not None or self.watch is not None:
+                part = select_heads(call, heads)
             if method is not None:
                 part.state = memory.states.setdefault(place, {})
                 plan = method.plan(numbered(part), self.backends)
-            kept = heads if method is None else tuple(h for h in heads if h not in gone)
-            if plan is not None and kept != heads:
-                plan = without(plan, heads, gone)
+                kept = tuple(h for h in heads if h not in gone)
+                if plan is not None and kept != heads:
+                    plan = without(plan, heads, gone)
             if self.watch is not None:
                 self.watch(part, plan, self._method_name(rule))
             if plan is not None:

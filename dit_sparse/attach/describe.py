@@ -70,7 +70,7 @@ def describe(
         raise Decline(HERE.unplaced)
     if not (batch and tokens and heads and head_dim and min(shape[:3]) > 0):
         raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
-    grid = run.grid_of(stage.family, shape, tokens)
+    grid = stage.family.grid(shape, tokens)
     if grid.tokens != tokens:
         raise Decline(
             f"the latents are {grid} = {grid.tokens} tokens, attention has {tokens} "

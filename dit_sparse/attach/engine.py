@@ -82,6 +82,8 @@ class SparseEngine(Computation):
         super().__init__(strategy, backends, probe)
         self.clock, self.stages, self.strict = clock, stages, strict
         self.guarantee = guarantee
+        self.remarks = True
+        """Whether to warn where the strategy had no effect in a run."""
         self._limit = 0.0 if guarantee is None else guarantee.bound(strategy)
         self.run = Run(self._envelope())
         """The newest one: what a report is about."""
@@ -170,7 +172,8 @@ class SparseEngine(Computation):
 
     def _remark(self, run: Run) -> None:
         """Warn, once each, of what had no effect in a run."""
-        if (run.begun and not run.open) or run.late or run.attached_at is not None:
+        ended = run.begun and not run.open
+        if not self.remarks or ended or run.late or run.attached_at is not None:
             return
         for remark in remarks(run, self.strategy, over=run.step == run.num_steps - 1):
             if remark not in self._said:
@@ -280,7 +283,7 @@ class SparseEngine(Computation):
             attached_at=run.attached_at,
             guarantee=guarantee,
             others=self.others.as_dict(),
-            missing=self.backends.missing,
+            native_missing=self.backends.native_missing,
         )
 
     def state_size(self) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +29,11 @@ def head_index(heads: Heads) -> slice | list[int]:
 
 def select_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
     """Narrow a call to some of its heads; the narrowed call has no state yet."""
-    query, key, value = call.query, call.key, call.value
-    if len(heads) < len(call.heads):
-        at = head_index(heads)
-        query, key, value = query[:, :, at], key[:, :, at], value[:, :, at]
-    return call.of_heads(heads, query, key, value)
+    if len(heads) == len(call.heads):
+        return replace(call, heads=heads, state={})
+    at = head_index(heads)
+    parts = {name: getattr(call, name)[:, :, at] for name in ("query", "key", "value")}
+    return replace(call, **parts, heads=heads, state={})
 
 
 def merge_plans(parts: Sequence[tuple[BlockPlan, Heads]]) -> tuple[BlockPlan, Heads] | None:

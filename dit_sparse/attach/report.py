@@ -165,8 +165,8 @@ class Report:
             the largest error of a probe that held, and the heads returned to dense.
         others: Calls that other pipelines made of the same transformer since sparse attention was
             enabled, by the reason why they were left alone. They are in none of the figures.
-        missing: Why the native CPU kernel did not run where it would have been the first choice,
-            and what to do; empty where it ran, was not asked for, or the device is no CPU.
+        native_missing: Why the native CPU kernel could not run, and what to do; empty where it
+            ran, another kernel was asked for, or the device is not a CPU.
     """
 
     strategy: str
@@ -178,7 +178,7 @@ class Report:
     attached_at: int | None = None
     guarantee: dict[str, Any] | None = None
     others: dict[str, int] = field(default_factory=dict)
-    missing: str = ""
+    native_missing: str = ""
 
     @property
     def density(self) -> float | None:
@@ -254,8 +254,8 @@ class Report:
         lines.append(
             f"  state held now {_size(self.state_bytes)}, at most {_size(self.peak_state_bytes)}"
         )
-        if self.missing:
-            lines.append(f"  the native CPU kernel did not run: {self.missing}")
+        if self.native_missing:
+            lines.append(f"  the native CPU kernel did not run: {self.native_missing}")
         if self.guarantee is not None:
             lines += _told(self.guarantee)
         if self.attached_at is not None:

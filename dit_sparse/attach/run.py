@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dit_sparse.attach.report import CallRecord
     from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.pipelines.clock import Moment
-    from dit_sparse.pipelines.family import Family, Shape
 
     # Valid text tokens of each sample, and the order that puts them first; None: as it is.
     Text = tuple[Tensor | None, Tensor | None]
@@ -54,7 +53,6 @@ class Run:
         self.attached_at: int | None = None
         """The step at which sparse attention was enabled, where that was in its middle."""
         self.grid: LatentsGrid | None = None
-        self._grids: dict[Any, LatentsGrid] = {}
         self.stage = ""
         self.first: dict[str, int] = {}
         """The first head that this process computes, by stage."""
@@ -86,13 +84,6 @@ class Run:
         self.grid, self.stage, self.first = None, "", {}
         self.envelope = envelope
         self.open = self.begun = True
-
-    def grid_of(self, family: Family, shape: Shape, tokens: int) -> LatentsGrid:
-        """Make the grid of a call; the same object for all calls that have the same one."""
-        known = self._grids.get((family.name, shape, tokens))
-        if known is None:
-            known = self._grids[family.name, shape, tokens] = family.grid(shape, tokens)
-        return known
 
     def enter(self, stage: str, grid: LatentsGrid) -> None:
         """Note where a call is that is understood; free what another transformer left behind."""

@@ -173,7 +173,8 @@ class Runner:
             steps: Steps of the request; None: the pipeline's own number.
         """
         sparse, dense_strategy = handle.strategy, Strategy.single("dense")
-        warmed_up = self._warm_up(handle, steps)
+        warmed_up = all(rule.method == "dense" for rule in sparse.rules)  # no kernel of ours runs
+        warmed_up = warmed_up or self.warm_up(handle, sparse, "warm-up, sparse", steps)
         dense = None
         handle.memory.shared.clear()  # plans of the warm-up: making them belongs to the run
         if compare_dense:
@@ -188,27 +189,49 @@ class Runner:
                 probed = self.once(handle, "sparse run, probed")
         return Runs(timed, dense, probed, warmed_up)
 
-    def _warm_up(self, handle: SparseAttention, steps: int | None) -> bool:
-        """Run a few steps without the schedule's dense ones; say whether a kernel was reached."""
-        if all(rule.method == "dense" for rule in handle.strategy.rules):
-            return True  # no kernel of ours will run
-        plain = handle.strategy.model_copy(update={"schedule": Schedule()})
-        for count in WARMUP_STEPS:
+    def warm_up(
+        self,
+        handle: SparseAttention,
+        strategy: Strategy,
+        label: str,
+        steps: int | None,
+        counts: tuple[int, ...] = WARMUP_STEPS,
+    ) -> bool:
+        """Run a few steps without the schedule's dense ones; say whether a kernel was reached.
+
+        Args:
+            handle: The attachment.
+            strategy: Of the arm.
+            label: For progress.
+            steps: Steps of the request, which are not exceeded; None: the pipeline's own number.
+            counts: Numbers of steps to run, until a kernel is reached.
+        """
+        plain = strategy.model_copy(update={"schedule": Schedule()})
+        for count in counts:
             if steps is not None and count > max(steps, 1):
                 break
-            with told(handle, plain):
-                arm = self.once(handle, "warm-up, sparse", num_inference_steps=count)
+            with told(handle, plain, remarks=False):
+                arm = self.once(handle, label, num_inference_steps=count)
             if any(not name.startswith("model's own") for name in arm.report.kernels):
                 return True
         return False
 
 
 @contextmanager
-def told(handle: SparseAttention, strategy: Strategy, probe: int = 0) -> Iterator[None]:
-    """Let an attachment follow another strategy for a while."""
-    before = handle.strategy, handle.probe
-    handle.strategy, handle.probe = strategy, probe
+def told(
+    handle: SparseAttention, strategy: Strategy, probe: int = 0, *, remarks: bool = True
+) -> Iterator[None]:
+    """Let an attachment follow another strategy for a while.
+
+    Args:
+        handle: The attachment.
+        strategy: What it follows.
+        probe: Query rows per call on which recall is measured.
+        remarks: Whether it warns where the strategy has no effect: a warm-up is too short to say.
+    """
+    before = handle.strategy, handle.probe, handle.remarks
+    handle.strategy, handle.probe, handle.remarks = strategy, probe, remarks
     try:
         yield
     finally:
-        handle.strategy, handle.probe = before
+        handle.strategy, handle.probe, handle.remarks = before

@@ -144,13 +144,13 @@ def _show(
 
 def _apart(change: Change) -> tuple[str, str]:
     """Write both sides: params that are not as usual; of one method only those that differ."""
-    from dit_sparse.methods.params import words
+    from dit_sparse.methods.params import method_text
 
     (a_name, a), (b_name, b) = change.one, change.other
     if a_name != b_name:
-        return words((a_name, a), short=True), words((b_name, b), short=True)
+        return method_text((a_name, a), short=True), method_text((b_name, b), short=True)
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return (
-        words((a_name, {k: a[k] for k in keys if k in a})),
-        words((b_name, {k: b[k] for k in keys if k in b})),
+        method_text((a_name, {k: a[k] for k in keys if k in a})),
+        method_text((b_name, {k: b[k] for k in keys if k in b})),
     )

@@ -6,9 +6,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.cli.arms import Runner, told
+from dit_sparse.cli.arms import WARMUP_STEPS, Runner, told
 from dit_sparse.quality.evaluation_setup import DENSE, FLOOR, Made
-from dit_sparse.strategy import Schedule
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,8 +21,6 @@ BACKENDS = {
     "flash": "FLASH_ATTENTION",
     "cudnn": "CUDNN_ATTENTION",
 }
-# A run of one step can be dense throughout under a method that searches first.
-WARMUP_STEPS = (1, 4)
 
 
 class Maker:
@@ -48,7 +45,10 @@ class Maker:
         runner = Runner(self._pipe, {**self._arguments, "prompt": prompt}, seed, self._bars)
         with sdpa(self._floor if arm == FLOOR else None):
             if arm not in self._warm:
-                self._warm_up(arm, runner)
+                counts = WARMUP_STEPS[:1] if arm in {DENSE, FLOOR} else WARMUP_STEPS
+                steps = self._arguments.get("num_inference_steps")
+                strategy, label = self._strategies[arm], f"warm-up, {arm}"
+                runner.warm_up(self._handle, strategy, label, steps, counts)
                 self._warm.add(arm)
             self._handle.memory.shared.clear()  # making plans belongs to the run
             with told(self._handle, self._strategies[arm]):
@@ -68,18 +68,6 @@ class Maker:
                 "gpu_bytes_peak": made.peak_gpu_bytes,
             },
         )
-
-    def _warm_up(self, arm: str, runner: Runner) -> None:
-        """Run a few steps without the schedule's dense ones."""
-        plain = self._strategies[arm].model_copy(update={"schedule": Schedule()})
-        steps = self._arguments.get("num_inference_steps")
-        for count in WARMUP_STEPS if arm not in {DENSE, FLOOR} else WARMUP_STEPS[:1]:
-            if steps is not None and count > max(steps, 1):
-                break
-            with told(self._handle, plain):
-                made = runner.once(self._handle, f"warm-up, {arm}", num_inference_steps=count)
-            if any(not name.startswith("model's own") for name in made.report.kernels):
-                break
 
 
 def sdpa(name: str | None) -> Any:

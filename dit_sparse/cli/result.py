@@ -80,7 +80,7 @@ def _arm(arm: Arm) -> dict[str, Any]:
         "attention_seconds": report.attention_ms / 1e3,
         "kernels": report.kernels,
         "dense_against_the_strategy": report.reasons,
-        "native_kernel_missing": report.missing or None,
+        "native_kernel_missing": report.native_missing or None,
         "steps": report.num_steps,
         "grid": report.grid,
         "attention_calls": len(report.rows),

@@ -65,28 +65,6 @@ class AttentionCall:
             found = self.shared[key] = build()
         return found
 
-    def of_heads(
-        self, heads: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor
-    ) -> AttentionCall:
-        """Make the same call for other heads; it has no state yet."""
-        return AttentionCall(  # dataclasses.replace takes ten times as long
-            query,
-            key,
-            value,
-            self.grid,
-            self.scale,
-            self.text_valid,
-            self.layer,
-            self.num_layers,
-            heads,
-            self.step,
-            self.num_steps,
-            self.stage,
-            self.branch,
-            {},
-            self.shared,
-        )
-
     def layout(self, block_size: int) -> BlockLayout:
         """Lay uniform blocks over the tokens in their own order, padding included (queries)."""
         device = self.query.device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules under their names of before 0.2: an import still works for one release, and warns."""
+"""Old names of modules that moved into folders: they work for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MovedModules(MetaPathFinder, Loader):
         """Make a module that has whatever the new one has."""
         new = f"{PACKAGE}.{MOVED[spec.name.rpartition('.')[2]]}"
         warnings.warn(
-            f"{spec.name} is now {new}; the old name goes with the next release",
+            f"{spec.name} has moved to {new}; the old name will be removed in the next release",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -25,11 +25,11 @@ def on_import(name: str, action: Action) -> None:
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         action(module)
     else:
-        sys.meta_path.insert(0, _Waiting(name, action))
+        sys.meta_path.insert(0, _Finder(name, action))
 
 
-class _Waiting(MetaPathFinder):
-    """Finds one module as everybody does, takes itself away, and lets ``action`` follow."""
+class _Finder(MetaPathFinder):
+    """Finds one module, once, and gives it a loader that calls ``action`` after loading it."""
 
     def __init__(self, name: str, action: Action) -> None:
         self.name, self.action = name, action
@@ -47,12 +47,12 @@ class _Waiting(MetaPathFinder):
             sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Followed(spec.loader, self.action)
+            spec.loader = _Loader(spec.loader, self.action)
         return spec
 
 
-class _Followed(Loader):
-    """Loads as ``loader`` does."""
+class _Loader(Loader):
+    """Loads a module as its own loader does, then calls ``action``."""
 
     def __init__(self, loader: Loader, action: Action) -> None:
         self.loader, self.action = loader, action
@@ -72,5 +72,5 @@ class _Followed(Loader):
             self.loader.exec_module(module)
             self.action(module)
         except BaseException:
-            sys.meta_path.insert(0, _Waiting(module.__name__, self.action))
+            sys.meta_path.insert(0, _Finder(module.__name__, self.action))
             raise

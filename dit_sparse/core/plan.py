@@ -19,10 +19,10 @@ from dit_sparse.core.grid import BlockLayout
 from dit_sparse.core.plan_file import (
     MAX_CHECKED,
     MAX_SLOTS,
-    blaming,
     check_layout,
     check_lists,
     check_room,
+    file_errors,
     read_parts,
     write_parts,
 )
@@ -376,7 +376,7 @@ class BlockPlan:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BlockPlan:
         """Read a plan that ``save`` wrote, and validate it."""
-        with blaming(path):
+        with file_errors(path):
             parts = read_parts(path, {each.name for each in fields(cls) if each.init}, _COUNTS)
             for name in ("q_tokens", "kv_tokens"):
                 check_room(name, parts[name] or 1, MAX_SLOTS)

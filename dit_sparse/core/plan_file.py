@@ -166,7 +166,7 @@ def read_parts(
 
 
 @contextmanager
-def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what goes wrong with a file's content into a ``PlanError`` that names the file."""
     try:
         yield

@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_sparse.forecast.counted import counted_density, grid_of
 from dit_sparse.inspect.atlas import Atlas, Band, Candidates, Choice, Layout, Quantity
-from dit_sparse.methods.params import words
+from dit_sparse.methods.params import method_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +76,7 @@ def strategy_atlas(strategy: Strategy, layout: Layout, stored: Stored | None = N
             layer, band.start, band.of, stage, layout.heads, layout.layers
         ):
             rule = None if group.method is None else strategy.rules[group.rule or 0]
-            text = "dense" if rule is None else words((rule.method, rule.params))
+            text = "dense" if rule is None else method_text((rule.method, rule.params))
             if text not in found:
                 found[text] = len(atlas.choices)
                 rules.append(rule)
@@ -126,13 +126,13 @@ def _choice(
     if rule is None:
         text = "everything, by the model's own attention"
         return Choice("dense", "dense", "dense", density=1.0, exact=True, why=text)
-    name = words(
+    name = method_text(
         (rule.method, {k: v for k, v in rule.params.items() if k != "block_size"}), short=True
     )
     column = None if stored is None else stored.column(rule.method, rule.params)
     if stored is not None and column:
         name = stored.candidates[column - 1].name
-    choice = Choice(rule.method, words((rule.method, rule.params)), name, rule.params)
+    choice = Choice(rule.method, method_text((rule.method, rule.params)), name, rule.params)
     if strategy.grid is not None and count:
         choice.density, choice.exact = counted_density(
             rule.method, rule.params, grid_of(strategy), heads=layout.heads,

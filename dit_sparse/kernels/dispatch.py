@@ -61,7 +61,7 @@ class Backends(Planning):
         self.kernel = kernel
         self.last_kernel: str | None = None
         """Name of the kernel that answered the last call."""
-        self.missing = ""
+        self.native_missing = ""
         """Why the native CPU kernel did not run where it would have been the first choice."""
         self._modules: dict[str, ModuleType | str] = {}
         self._trusted: set[Key] = set()
@@ -246,8 +246,8 @@ class Backends(Planning):
             if not reasons and not isinstance(module, str):
                 if name == "native" and self.kernel is None:
                     return self._faster_on_cpu(query)
-                if name == "cpu" and self.kernel is None and not self.missing:
-                    self._say_what_is_missing()
+                if name == "cpu" and self.kernel is None and not self.native_missing:
+                    self._warn_without_native()
                 return name, module
             against += [f"{name}: {reason}" for reason in reasons]
         raise KernelError(
@@ -255,12 +255,12 @@ class Backends(Planning):
             + "\n  ".join(against)
         )
 
-    def _say_what_is_missing(self) -> None:
-        self.missing = native.missing()
-        if self.missing:
+    def _warn_without_native(self) -> None:
+        self.native_missing = native.missing()
+        if self.native_missing:
             warnings.warn(
-                "sparse attention runs in torch on this CPU, slower than it could: native "
-                f"kernel: {self.missing}",
+                "sparse attention uses the slower torch kernel, because the native CPU kernel "
+                f"cannot run: {self.native_missing}",
                 stacklevel=2,
             )
 

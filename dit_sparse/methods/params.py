@@ -66,7 +66,7 @@ def params_of(method: Method) -> dict[str, Any]:
     return plain
 
 
-def words(doing: tuple[str, Mapping[str, Any]], *, short: bool = False) -> str:
+def method_text(doing: tuple[str, Mapping[str, Any]], *, short: bool = False) -> str:
     """Write a method with its params; ``short`` leaves out those that have their defaults."""
     name, params = doing
     usual = params_of(build_method(name, {})) if short else {}

@@ -50,10 +50,7 @@ def derive(cls: Any) -> Any:
 
 def _calls(cls: Any) -> tuple[Any, ...]:
     """Give what ``cls.__call__`` may come from: another object where somebody patched it."""
-    found = []
-    for each in cls.__mro__:
-        found.append(each.__dict__.get("__call__"))  # noqa: PERF401  (this runs in every layer)
-    return tuple(found)
+    return tuple([vars(each).get("__call__") for each in cls.__mro__])
 
 
 @functools.cache  # classes are made once per stock class; the cache is not state of any pipeline

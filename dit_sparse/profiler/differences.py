@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_sparse.methods.params import params_of, words
+from dit_sparse.methods.params import method_text, params_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ def changes(
                 )
                 for head, (a, b) in enumerate(zip(a_heads, b_heads, strict=True)):
                     if a != b:
-                        texts = words(a), words(b)
+                        texts = method_text(a), method_text(b)
                         doings |= {texts[0]: a, texts[1]: b}
                         told[texts][step].append(head)
             for pair, by_step in told.items():
@@ -116,7 +116,7 @@ def difference(
                     continue
                 prefix = f"{stage}, " if len(stages) > 1 else ""
                 where = f"heads {ranges(each.heads)}, steps {ranges(each.steps)}"
-                doing = f"{words(each.one)} -> {words(each.other)}"
+                doing = f"{method_text(each.one)} -> {method_text(each.other)}"
                 found.append(f"{prefix}layer {layer}, {where}: {doing}")
     lines += found[:SHOWN]
     if len(found) > SHOWN:

@@ -16,7 +16,7 @@ from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.errors import StrategyError
 from dit_sparse.forecast.counted import counted_density, grid_of
 from dit_sparse.methods import method_class
-from dit_sparse.methods.params import params_of, words
+from dit_sparse.methods.params import method_text, params_of
 from dit_sparse.profiler.candidates import BLOCK, SMALL_BLOCK, block_for
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.strategy import Grid, Strategy
@@ -149,8 +149,9 @@ def _drifts(one: Strategy, other: Strategy) -> list[str]:
             continue
         if abs(was.density - now.density) > DRIFT:
             params = {k: v for k, v in b.params.items() if k != "block_size"}
+            method = method_text((b.method, params), short=True)
             found.append(
-                f"{words((b.method, params), short=True)}: keeps {now.density:.3f} of the pairs, "
-                f"{was.density:.3f} before (counted)"
+                f"{method}: keeps {now.density:.3f} of the pairs, {was.density:.3f} before "
+                "(counted)"
             )
     return found

@@ -39,19 +39,6 @@ from dit_sparse.strategy.schedule import Schedule
 if TYPE_CHECKING:
     from dit_sparse.core.call import Method
 
-__all__ = [
-    "CONFIG_NAME",
-    "Choice",
-    "Grid",
-    "Model",
-    "Receipt",
-    "Rule",
-    "Schedule",
-    "Strategy",
-    "config_hash",
-    "shipped_names",
-]
-
 SCHEMA_VERSION: Final = 1
 MAX_RULES = 50_000  # one for each head of the largest model in five step bands: 20,000
 _MAX_CACHED = 1 << 16

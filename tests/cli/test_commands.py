@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
@@ -445,6 +446,20 @@ def test_a_mistake_of_ours_is_not_dressed_up(wan, tmp_path, monkeypatch):
 
 def environment(root):
     return {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "90"}
+
+
+@pytest.mark.parametrize(("steps", "said"), [("4", 0), ("1", 1)])
+def test_only_the_run_itself_says_that_a_strategy_had_no_effect(tmp_path, steps, said):
+    """A warm-up of one step, which AdaSpa spends on its search, says nothing."""
+    size = ["--height", "64", "--width", "64", "--frames", "9", "--steps", steps]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        result = run(
+            *("generate", "samples/wan-tiny", PROMPT, "--strategy", "wan-tiny.adaspa"),
+            *("-o", tmp_path / "out", *size, "--probe", "0"),
+        )
+    assert result.exit_code == 0, result.output
+    assert sum("had no effect" in str(each.message) for each in seen) == said
 
 
 def test_a_real_process_generates(root, tmp_path):

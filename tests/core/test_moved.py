@@ -30,7 +30,8 @@ def forgotten(monkeypatch):
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
 def test_an_old_path_gives_the_same_objects(old, new):
-    with pytest.warns(DeprecationWarning, match=rf"dit_sparse\.{old} is now dit_sparse\.{new};"):
+    moved = rf"dit_sparse\.{old} has moved to dit_sparse\.{new};"
+    with pytest.warns(DeprecationWarning, match=moved):
         before = importlib.import_module(f"dit_sparse.{old}")
     after = importlib.import_module(f"dit_sparse.{new}")
     public = [name for name in vars(after) if not name.startswith("__")]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dit_sparse.cli import app
-from dit_sparse.methods.params import params_of, words
+from dit_sparse.methods.params import method_text, params_of
 from dit_sparse.profiler.differences import about, changes, ranges
 from dit_sparse.strategy import Grid, Model, Receipt, Rule, Strategy
 
@@ -95,9 +95,9 @@ def test_the_rest_of_a_file_is_told_key_by_key():
 def test_words_and_ranges():
     assert ranges((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
     radial = ("radial", params_of(Strategy.single("radial", decay_factor=0.5).rules[0].instance))
-    assert words(radial, short=True) == "radial (decay_factor 0.5)"
-    assert "form paper" in words(radial)
-    assert words(("dense", {})) == "dense"
+    assert method_text(radial, short=True) == "radial (decay_factor 0.5)"
+    assert "form paper" in method_text(radial)
+    assert method_text(("dense", {})) == "dense"
 
 
 def cli(*args):
