@@ -193,7 +193,7 @@ class Computation:
         call, plan = group.part, group.plan
         kernel = self.backends.last_kernel or "?"
         part = Part(self._method_name(group.place[3]), call.heads, kernel, _of_each_head(plan))
-        if self.probe and plan.kv_log_weight is None:
+        if self.probe and plan.kv_log_weight is None and not plan.means:
             part.recall = self._recall(call, lse)
         gone = tuple(head for head in call.heads if head not in group.kept)
         record.parts.append(part.without(gone) if gone else part)

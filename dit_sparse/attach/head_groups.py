@@ -44,13 +44,14 @@ def merge_plans(parts: Sequence[tuple[BlockPlan, Heads]]) -> tuple[BlockPlan, He
 
     Returns:
         The joint plan and its heads in ascending order; None where the plans' blocks differ, or
-        tokens are reordered or weighted, so that they must run one by one.
+        tokens are reordered or weighted, or only some add means, so that they must run one by one.
     """
     first = parts[0][0]
     if len(parts) == 1:
         return parts[0]
     for plan, _ in parts:
         plain = plan.q_permutation is None and plan.kv_permutation is None
+        plain = plain and plan.means == first.means
         if not (plain and plan.kv_log_weight is None and plan.dense_keys is None):
             return None
         if not (_same(plan.q, first.q) and _same(plan.kv, first.kv)):
@@ -82,6 +83,7 @@ def merge_plans(parts: Sequence[tuple[BlockPlan, Heads]]) -> tuple[BlockPlan, He
         partial=torch.cat(tile_of, 1)[:, order] if partial else None,
         tiles=torch.cat(tiles) if partial else None,
         complete=all(plan.complete for plan, _ in parts),
+        means=first.means,
     )
     return joint, tuple(sorted(together))
 

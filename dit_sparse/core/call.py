@@ -110,7 +110,7 @@ class Ops(Protocol):
     # mean in full stands beside each in kernels/<pool, antidiagonal, ...>.py; scores are
     # [batch, heads, q_blocks, kv_blocks], slots are tokens, keys in no block take no part.
 
-    def pool(self, x: Tensor, layout: BlockLayout) -> Tensor:
+    def pool(self, x: Tensor, layout: BlockLayout, permutation: Tensor | None = None) -> Tensor:
         """Average each block, 0 where it is empty: ``[batch, heads, blocks, head_dim]``."""
 
     def pooled_scores(
@@ -183,6 +183,9 @@ class Ops(Protocol):
         keep_inside: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Keep the fewest blocks that hold the share ``p`` of each row's weight: likewise."""
+
+    def select_budget(self, value: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
+        """Keep the best blocks of a head while their costs fit its budget: block_mask."""
 
     def gather_tokens(self, x: Tensor, permutation: Tensor, *, padding: bool = True) -> Tensor:
         """Put tokens into slots, 0 where ``permutation`` is -1."""

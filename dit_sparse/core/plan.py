@@ -40,6 +40,7 @@ _TENSORS = (
     "kv_log_weight",
 )
 _COUNTS = ("q_tokens", "kv_tokens", "dense_keys")
+_FLAGS = ("complete", "means")
 _DENSITY_CHUNK = 1 << 22  # list entries looked at together
 
 
@@ -68,6 +69,9 @@ class BlockPlan:
         dense_keys: Keys that dense attention would read per query, where that is not the sum of
             ``kv.lengths`` (pooled keys were appended); only ``density`` uses it.
         complete: Known to keep every block whole, so that a dense kernel may answer.
+        means: Every key block that a row drops whole is read as one key instead: its mean key and
+            mean value with weight n for n keys (+ ln n), in one softmax with the kept keys.
+            ``Backends.attend`` adds this to what any kernel computes.
         measured: The method will ask for the block mass of this very call: a kernel that can sums
             it on the way. It changes no result, and is not saved.
     """
@@ -85,6 +89,7 @@ class BlockPlan:
     kv_tokens: int | None = None
     dense_keys: int | None = None
     complete: bool = False
+    means: bool = False
     measured: bool = False
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -232,9 +237,9 @@ class BlockPlan:
     def density(self) -> Tensor:
         """Count the kept share of (query, key) pairs, fp64 ``[batch, heads]``, without a sync.
 
-        Text, pooled keys and forced blocks count as what they are; a plan with pooled keys can
-        exceed what its block lists suggest, and a fully kept one with pooled keys exceeds 1.
-        Counted once a plan.
+        Text, pooled keys, means (one key each) and forced blocks count as what they are; a plan
+        with pooled keys can exceed what its block lists suggest, and a fully kept one with pooled
+        keys exceeds 1. Counted once a plan.
         """
         return self.once("density", self._count_density)
 
@@ -274,13 +279,18 @@ class BlockPlan:
         entry = torch.arange(index.shape[-1], device=self.device)
         live = entry < counts[..., None]
         size = lengths.gather(-1, index.flatten(2).long()).view_as(index) * live
+        if self.means and not self.complete:  # a dropped block is read as one key
+            pooled = (lengths > 0).sum(-1, keepdim=True) - (size > 0).sum(-1)
+            means = (pooled * queries).sum(-1)
+        else:
+            means = torch.zeros((), dtype=torch.float64, device=self.device)
         if partial is None or self.tiles is None or not len(self.tiles):
-            return (size.sum(-1) * queries).sum(-1)
+            return (size.sum(-1) * queries).sum(-1) + means
         # A tile may reach past a short block: its bits there are 0 by construction.
         bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).double()
         whole = (size * (partial < 0)).sum(-1) * queries
         cut = torch.where(live & (partial >= 0), bits[partial.clamp(min=0).long()], 0.0)
-        return (whole + cut.sum(-1)).sum(-1)
+        return (whole + cut.sum(-1)).sum(-1) + means
 
     def block_mask(self) -> Tensor:
         """Unpack to bool ``[batch, heads, q_blocks, kv_blocks]``; partial blocks count as kept."""
@@ -341,6 +351,14 @@ class BlockPlan:
         made = self._known["with keys"] = replace(self, kv=kv)
         return made
 
+    def with_means(self) -> BlockPlan:
+        """Read every block that a row drops as its mean; see ``means``."""
+        if self.complete or self.means:
+            return self
+        if self.kv_log_weight is not None:
+            raise PlanError("a plan whose keys have weights already cannot add means of blocks")
+        return self.once("with means", lambda: replace(self, means=True))
+
     def to(self, device: torch.device | str) -> BlockPlan:
         """Move every tensor to ``device``."""
         moved = {
@@ -369,15 +387,15 @@ class BlockPlan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan to a safetensors file, atomically."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        layouts = {"q": self.q, "kv": self.kv}
-        write_parts(path, self.tensors(), layouts, counts, complete=self.complete)
+        numbers = {name: getattr(self, name) for name in (*_COUNTS, *_FLAGS)}
+        write_parts(path, self.tensors(), {"q": self.q, "kv": self.kv}, numbers)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> BlockPlan:
         """Read a plan that ``save`` wrote, and validate it."""
         with file_errors(path):
-            parts = read_parts(path, {each.name for each in fields(cls) if each.init}, _COUNTS)
+            known = {each.name for each in fields(cls) if each.init}
+            parts = read_parts(path, known, _COUNTS, _FLAGS)
             for name in ("q_tokens", "kv_tokens"):
                 check_room(name, parts[name] or 1, MAX_SLOTS)
             plan = cls(**parts)

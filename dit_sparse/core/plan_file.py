@@ -112,12 +112,10 @@ def write_parts(
     tensors: Mapping[str, Tensor],
     layouts: Mapping[str, BlockLayout],
     counts: Mapping[str, int | None],
-    *,
-    complete: bool,
 ) -> None:
     """Write a plan's parts (safetensors); a file there is replaced whole or not at all."""
-    numbers = {"format": PLAN_FORMAT, "complete": str(int(complete))}
-    numbers |= {name: "" if value is None else str(value) for name, value in counts.items()}
+    numbers = {"format": PLAN_FORMAT}
+    numbers |= {name: "" if value is None else str(int(value)) for name, value in counts.items()}
     for name, layout in layouts.items():
         numbers[name] = f"{layout.slots} {layout.max_length} {int(layout.spread)}"
     target = Path(path)
@@ -135,7 +133,10 @@ def write_parts(
 
 
 def read_parts(
-    path: str | os.PathLike[str], known: Collection[str], counts: Collection[str]
+    path: str | os.PathLike[str],
+    known: Collection[str],
+    counts: Collection[str],
+    flags: Collection[str],
 ) -> dict[str, Any]:
     """Read what ``write_parts`` wrote: the arguments of the plan by name.
 
@@ -143,6 +144,7 @@ def read_parts(
         path: The file.
         known: Names that the plan has.
         counts: Those that are whole numbers or None.
+        flags: Those that are 0 or 1; 0 in a file that does not have them.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -152,7 +154,7 @@ def read_parts(
         raise PlanError(f"{path}: not a readable safetensors file: {error}") from error
     if numbers.get("format") != PLAN_FORMAT:
         raise PlanError(f"{path}: wanted format {PLAN_FORMAT!r}, got {numbers.get('format')!r}")
-    parts: dict[str, Any] = {"complete": numbers["complete"] == "1"}
+    parts: dict[str, Any] = {name: numbers.get(name, "0") == "1" for name in flags}
     for name in ("q", "kv"):
         slots, longest, spread = (int(part) for part in numbers[name].split())
         check_room(f"{name}: slots", slots, MAX_SLOTS)

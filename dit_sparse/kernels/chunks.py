@@ -104,6 +104,26 @@ def block_of_slot(layout: BlockLayout) -> Tensor:
     return torch.where((found >= 0) & inside, block, layout.blocks)
 
 
+def block_of_token(layout: BlockLayout, permutation: Tensor, tokens: int) -> Tensor:
+    """Give every token the number of its block, ``blocks`` where it lies in none.
+
+    Args:
+        layout: The blocks, in slots.
+        permutation: Token of each slot, integer ``[batch|1, heads|1, slots]``, -1: none.
+        tokens: Length of the sequence.
+
+    Returns:
+        int64 ``[batch|1, heads|1, tokens]``.
+    """
+    block = block_of_slot(layout)
+    lead = torch.broadcast_shapes(block.shape[:2], permutation.shape[:2])
+    found = block.new_full((*lead, tokens + 1), layout.blocks)
+    # Padding slots all land in the spare last column.
+    token = torch.where(permutation < 0, tokens, permutation).long()
+    found.scatter_(-1, token.expand(*lead, -1), block.expand(*lead, -1))
+    return found[..., :tokens]
+
+
 def segment_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     """Sum ``x [groups, n, d]`` by ``segment [groups, n]``: fp32 ``[groups, segments, d]``.
 
@@ -111,8 +131,10 @@ def segment_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     gradient is wanted on an accelerator.
     """
     work = work_dtype(x.dtype)
-    if x.device.type == "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.is_grad_enabled() and x.requires_grad:
         return indexed_sums(x.to(work), segment, segments)
+    if x.device.type == "cpu":
+        return bagged_sums(x.to(work), segment, segments)
     return sorted_sums(x.to(work), segment, segments)
 
 
@@ -122,6 +144,20 @@ def indexed_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     offset = torch.arange(groups, device=x.device)[:, None] * segments
     total = x.new_zeros(groups * segments, dim)
     return total.index_add(0, (segment + offset).flatten(), x.flatten(0, 1)).view(groups, -1, dim)
+
+
+def bagged_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Sum bags of rows on the CPU: the same bits as ``indexed_sums``, some times faster."""
+    groups, rows, dim = x.shape
+    small = segment.to(torch.int16 if segments < 1 << 15 else torch.int32)
+    order = torch.from_numpy(small.numpy().argsort(-1, kind="stable"))  # of 16 bits: by radix
+    counts = segment.new_zeros(groups, segments).scatter_add_(1, segment, torch.ones_like(segment))
+    place = order + torch.arange(groups)[:, None] * rows
+    start = counts.flatten().cumsum(0) - counts.flatten()
+    bags = torch.nn.functional.embedding_bag(
+        place.flatten(), x.reshape(-1, dim), start, mode="sum"
+    )
+    return bags.view(groups, segments, dim)
 
 
 def sorted_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.merge import merge
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.kernels import native
 from dit_sparse.kernels.canary import check_kernel, check_lloyd, small_plan, torch_is_faster
 from dit_sparse.kernels.kmeans import kmeans
+from dit_sparse.kernels.means import add_means, block_means, means_plan
 from dit_sparse.kernels.planning import Planning
 
 if TYPE_CHECKING:
@@ -99,8 +101,28 @@ class Backends(Planning):
         if result is None:
             name, module = self._torch_on_cpu(query)
             result = module.attend(query, key, value, plan, scale)
+        if name == "reference":
+            result = _rounded(result, query.dtype)
+        if plan.means and not plan.complete:
+            result = self._with_means(query, key, value, plan, scale, result)
         self.last_kernel = name
-        return result if name != "reference" else _rounded(result, query.dtype)
+        return result
+
+    def _with_means(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockPlan,
+        scale: float,
+        kept: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Let each row read the blocks that it drops as their means, on top of the kept ones."""
+        keys, values = (block_means(x, plan) for x in (key, value))
+        if query.device.type != "cpu":
+            return add_means(query, keys, values, plan, scale, *kept)
+        means, lse = self.attend(query, keys, values, means_plan(plan), scale)
+        return merge(*kept, means, lse), torch.logaddexp(kept[1], lse)
 
     def block_mass(
         self,

@@ -176,6 +176,13 @@ def _argmax(x: Tensor) -> Tensor:
     return x.argmax(-1)
 
 
+def _less_scores(constant: Tensor, x: Tensor, centre: Tensor) -> Tensor:
+    """Subtract ``constant [groups, 1, c]`` from the products of ``x`` and ``centre``."""
+    if x.device.type == "cpu":  # in one pass
+        return torch.baddbmm(constant, x, centre.transpose(1, 2), beta=-1)
+    return scores(x, centre).sub_(constant)
+
+
 def _lloyd(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Assign ``x [groups, n, d]`` to the nearest of ``means [groups, c, d]``, take new means."""
     groups, tokens, _ = x.shape
@@ -186,7 +193,7 @@ def _lloyd(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     label = torch.empty(groups, tokens, dtype=torch.int64, device=x.device)
     for start in range(0, tokens, step):
         # |x - c|^2 is smallest where x c - |c|^2 / 2 is largest.
-        near = scores(x[:, start : start + step], centre).sub_(half_norm)
+        near = _less_scores(half_norm, x[:, start : start + step], centre)
         label[:, start : start + step] = _argmax(near)
     count = label.new_zeros(groups, clusters).scatter_add_(1, label, torch.ones_like(label))
     mean = segment_sums(x, label, clusters) / count.clamp(min=1)[..., None]

@@ -12,7 +12,7 @@ from dit_sparse.kernels.antidiagonal import antidiagonal
 from dit_sparse.kernels.kmeans import cluster_order, expand_clusters, kmeans
 from dit_sparse.kernels.permute import gather_tokens, scatter_tokens
 from dit_sparse.kernels.pool import pool, pooled_scores
-from dit_sparse.kernels.select import select_top_k, select_top_p
+from dit_sparse.kernels.select import select_budget, select_top_k, select_top_p
 from dit_sparse.kernels.tile_maximum import tile_maximum
 
 
@@ -26,6 +26,7 @@ class Planning:
     kmeans = staticmethod(kmeans)
     cluster_order = staticmethod(cluster_order)
     expand_clusters = staticmethod(expand_clusters)
+    select_budget = staticmethod(select_budget)
     select_top_k = staticmethod(select_top_k)
     select_top_p = staticmethod(select_top_p)
     gather_tokens = staticmethod(gather_tokens)

@@ -9,6 +9,7 @@ import torch
 
 from dit_sparse.kernels.chunks import (
     block_of_slot,
+    block_of_token,
     budget,
     head_parts,
     of_heads,
@@ -23,17 +24,24 @@ if TYPE_CHECKING:
     from dit_sparse.core.grid import BlockLayout
 
 
-def pool(x: Tensor, layout: BlockLayout) -> Tensor:
+def pool(x: Tensor, layout: BlockLayout, permutation: Tensor | None = None) -> Tensor:
     """Average the tokens of each block; gradients flow back to them.
 
     Args:
-        x: ``[batch, seq_len, heads, head_dim]``, any strides; slots are tokens.
-        layout: The blocks; tokens in no block (padding) count nowhere.
+        x: ``[batch, seq_len, heads, head_dim]``, any strides.
+        layout: The blocks, in slots; tokens in no block (padding) count nowhere.
+        permutation: Token of each slot, integer ``[batch|1, heads|1, slots]``, -1 on padding
+            slots; None: slots are tokens.
 
     Returns:
         fp32 ``[batch, heads, blocks, head_dim]`` (fp64 for fp64); 0 for a block without tokens.
     """
-    total = _spread_sums(x, layout) if layout.spread else _listed_sums(x, layout)
+    if permutation is not None:
+        total = _listed_sums(x, layout, block_of_token(layout, permutation, x.shape[1]))
+    elif layout.spread:
+        total = _spread_sums(x, layout)
+    else:
+        total = _listed_sums(x, layout, block_of_slot(layout))
     return total / layout.lengths.clamp(min=1)[..., None]
 
 
@@ -80,10 +88,9 @@ def _spread_sums(x: Tensor, layout: BlockLayout) -> Tensor:
     return torch.cat(sums, 1).transpose(1, 2)
 
 
-def _listed_sums(x: Tensor, layout: BlockLayout) -> Tensor:
-    """Sum blocks of any starts and lengths, some heads at a time."""
+def _listed_sums(x: Tensor, layout: BlockLayout, block: Tensor) -> Tensor:
+    """Sum tokens by their ``block`` ``[batch|1, heads|1, seq_len]``, some heads at a time."""
     batch, tokens, heads, dim = x.shape
-    block = block_of_slot(layout)
     per_head = 2 * batch * tokens * dim * work_dtype(x.dtype).itemsize
     sums = []
     for part in head_parts(heads, per_head, x.device):

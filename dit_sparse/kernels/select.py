@@ -132,6 +132,42 @@ def select_top_p(
     return Kept(mask, *listed(mask, blocks if keep is not None else max(1, most)))
 
 
+@torch.no_grad()
+def select_budget(value: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
+    """Keep the block pairs of a head that are worth most, while their costs fit one budget.
+
+    Args:
+        value: What a pair is worth, ``[batch, heads, q_blocks, kv_blocks]``; -inf is never kept,
+            +inf and nan go first.
+        cost: Of each pair, at least 0, broadcasts to ``value``.
+        budget: Of each head, broadcasts to ``[batch, heads]``.
+
+    Returns:
+        Kept pairs, bool like ``value``: those above the highest value that the budget cannot pay
+        together with all above it. Pairs worth the same are kept or dropped together.
+    """
+    limit = budget.expand(value.shape[:2]).double()[..., None]
+    price = cost.expand(value.shape)
+    mask = torch.empty(value.shape, dtype=torch.bool, device=value.device)
+    for part in _parts(value):
+        worth = value[:, part].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        flat = worth.flatten(2)
+        order = _falling(flat)
+        spent = price[:, part].flatten(2).gather(-1, order).cumsum(-1, dtype=torch.float64)
+        paid = (spent <= limit[:, part]).sum(-1, keepdim=True)
+        following = order.gather(-1, paid.clamp(max=order.shape[-1] - 1))
+        border = flat.gather(-1, following).masked_fill(paid == order.shape[-1], -torch.inf)
+        mask[:, part] = worth > border[..., None]
+    return mask
+
+
+def _falling(value: Tensor) -> Tensor:
+    """Order each row by falling value, equal ones in any order."""
+    if value.device.type == "cpu" and value.dtype in {torch.float32, torch.float64}:
+        return torch.from_numpy((-value).numpy().argsort(-1))  # vectorised, torch's is not
+    return value.argsort(dim=-1, descending=True)
+
+
 def _parts(scores: Tensor) -> list[slice]:
     batch, heads, rows, blocks = scores.shape
     return list(head_parts(heads, 32 * batch * rows * blocks, scores.device))

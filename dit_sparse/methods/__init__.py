@@ -20,6 +20,8 @@ from dit_sparse.errors import StrategyError
 METHODS: dict[str, str] = {
     "adaspa": "dit_sparse.methods.adaspa:AdaSpa",
     "blade": "dit_sparse.methods.blade:Blade",
+    "centroid": "dit_sparse.methods.centroid:Centroid",
+    "composed": "dit_sparse.methods.composed:Composed",
     "dense": "dit_sparse.methods.dense:Dense",
     "gna": "dit_sparse.methods.gna:GNA",
     "pooled": "dit_sparse.methods.pooled:Pooled",

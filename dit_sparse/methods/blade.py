@@ -14,6 +14,7 @@ import torch
 
 from dit_sparse.core.call import Method
 from dit_sparse.core.grid import BlockLayout, cut
+from dit_sparse.core.merge import merge, writable
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.gilbert import gilbert_order
@@ -27,7 +28,6 @@ from dit_sparse.methods.lists import (
     reused_plan,
     video_blocks,
 )
-from dit_sparse.methods.merge import merge, writable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,6 +16,7 @@ from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.levels import largest
 from dit_sparse.methods.lists import MAX_COUNT
+from dit_sparse.methods.order import fitted_tile
 from dit_sparse.methods.windows import AxisRule, product_plan
 
 if TYPE_CHECKING:
@@ -145,17 +146,9 @@ class GNA(Method):
         groups = tuple(n // d for n, d in zip(extents, dilation, strict=True))
         window = tuple(map(min, self.window, groups))
         stride = tuple(map(min, self.stride, window))
-        room = [-(-n // d) for n, d in zip(extents, dilation, strict=True)]
-        tile = list(map(min, self.tile, room))
-        axis, tried = 1, 0
-        while tried < 3:  # rows, columns, frames in turn, until none can grow
-            if 2 * tile[axis] <= room[axis] and 2 * prod(tile) <= prod(self.tile):
-                tile[axis] *= 2
-                tried = 0
-            else:
-                tried += 1
-            axis = (axis + 1) % 3
-        return window, stride, dilation, tuple(tile)  # type: ignore[return-value]
+        room = tuple(-(-n // d) for n, d in zip(extents, dilation, strict=True))
+        tile = fitted_tile(self.tile, room)
+        return window, stride, dilation, tile  # type: ignore[return-value]
 
     def _build(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, Ordered | None]:
         window, stride, dilation, tile = self.fitted(grid)

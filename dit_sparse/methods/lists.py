@@ -44,6 +44,17 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+def check_compensate(compensate: str) -> None:
+    """Refuse what stands in for dropped blocks, unless it is nothing or their means."""
+    if compensate not in {"none", "means"}:
+        raise StrategyError(f"compensate must be 'none' or 'means', got {compensate!r:.40}")
+
+
+def compensated(plan: BlockPlan, compensate: str) -> BlockPlan:
+    """Let a plan read dropped blocks as their means, where that is asked for."""
+    return plan.with_means() if compensate == "means" else plan
+
+
 def check_refresh(refresh: int) -> None:
     """Refuse refresh periods below one step."""
     check_count("refresh", refresh, (1, MAX_COUNT), 1)

@@ -127,6 +127,54 @@ def boxes(grid: LatentsGrid, cuts: tuple[list[list[int]], ...], text_block_size:
     )
 
 
+def fitted_tile(tile: tuple[int, ...], extents: tuple[int, ...]) -> tuple[int, int, int]:
+    """Cut a tile of frames x rows x columns to a grid; on short axes others double for it.
+
+    The tile holds no more tokens than before.
+    """
+    sides = [min(size, extent) for size, extent in zip(tile, extents, strict=True)]
+    axis, tried = 1, 0
+    while tried < 3:  # rows, columns, frames in turn, until none can grow
+        if 2 * sides[axis] <= extents[axis] and 2 * prod(sides) <= prod(tile):
+            sides[axis] *= 2
+            tried = 0
+        else:
+            tried += 1
+        axis = (axis + 1) % 3
+    return sides[0], sides[1], sides[2]
+
+
+def tile_order(grid: LatentsGrid, tile: tuple[int, int, int]) -> tuple[Tensor, list[int]]:
+    """Order the video in tiles of frames x rows x columns, raster between and within tiles.
+
+    Returns:
+        ``order[slot] = token`` from the first video token, and the tokens of each tile.
+    """
+    extents = (grid.frames, grid.height, grid.width)
+    sizes = fitted_tile(tile, extents)
+    cuts = tuple(
+        [list(range(a, b + 1)) for a, b in _spans(extent, size)]
+        for extent, size in zip(extents, sizes, strict=True)
+    )
+    found = boxes(LatentsGrid(*extents), cuts, 1)
+    return found.permutation[0, 0], found.layout.lengths[0, 0].tolist()
+
+
+def morton_order(grid: LatentsGrid) -> Tensor:
+    """Order the video along the Z curve: by the interleaved bits of frame, row and column.
+
+    Returns:
+        ``order[slot] = token`` from the first video token, int64 ``[video]``.
+    """
+    token = torch.arange(grid.video_tokens)
+    column, row = token % grid.width, token // grid.width % grid.height
+    place = torch.zeros_like(token)
+    for i_axis, axis in enumerate((column, row, token // grid.frame_tokens)):
+        for bit in range(int(axis.max()).bit_length()):
+            place |= (axis >> bit & 1) << (3 * bit + i_axis)
+    return place.argsort(stable=True)
+
+
 def patch_major(grid: LatentsGrid) -> Tensor:
     """Order all tokens so that those at one place of different frames follow each other.
 

@@ -16,8 +16,10 @@ from dit_sparse.core.call import Method
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_compensate,
     check_refresh,
     check_share,
+    compensated,
     reused_plan,
     share_of,
     video_blocks,
@@ -50,6 +52,7 @@ class Pooled(Method):
         top_p: For top_p: share of the weight to hold, in (0, 1]; 1 keeps everything.
         floor: For top_p: share of video key blocks that a row keeps at least, in [0, 1]; one
             block is always kept.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
         refresh: Steps for which a choice lives, >= 1. 1 chooses on every step; higher is cheaper
             and staler, and keeps the lists in memory.
         block_size: Tokens in a block, 1 to 1024.
@@ -67,6 +70,7 @@ class Pooled(Method):
     density: float = 0.5
     top_p: float = 0.9
     floor: float = 0.0
+    compensate: Literal["none", "means"] = "none"
     refresh: int = 1
     block_size: int = 128
 
@@ -77,6 +81,7 @@ class Pooled(Method):
         check_share("density", self.density, zero=False, hint=0.5)
         check_share("top_p", self.top_p, zero=False, hint=0.9)
         check_share("floor", self.floor, zero=True, hint=0.0)
+        check_compensate(self.compensate)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
 
@@ -99,4 +104,5 @@ class Pooled(Method):
             floor = share_of(self.floor, blocks)
             return ops.select_top_p(scores.softmax(-1), self.top_p, floor)
 
-        return reused_plan(call, self.block_size, self.refresh, choose)
+        plan = reused_plan(call, self.block_size, self.refresh, choose)
+        return compensated(plan, self.compensate)

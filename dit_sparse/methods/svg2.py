@@ -2,7 +2,7 @@
 """SVG2: tokens grouped by k-means, clusters chosen by their centroids.
 
 Source: Yang et al. 2025, "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via
-Semantic-Aware Permutation", arXiv:2505.18875; compensation by cluster means after Zhou et al.
+Semantic-Aware Permutation", arXiv:2505.18875; compensation by means after Zhou et al.
 2026, "SVG-EAR", arXiv:2603.08982.
 """
 
@@ -12,31 +12,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dit_sparse.core.call import Method
-from dit_sparse.core.plan import BlockPlan
-from dit_sparse.errors import StrategyError
-from dit_sparse.methods.clusters import (
-    cluster_side,
-    clustered_plan,
-    merge_cluster_means,
-)
+from dit_sparse.methods.composed import Composed
 from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_compensate,
     check_count,
     check_refresh,
     check_seed,
     check_share,
-    identity,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dit_sparse.core.call import AttentionCall, Ops
     from dit_sparse.core.grid import LatentsGrid
+    from dit_sparse.core.plan import BlockPlan
     from dit_sparse.core.traits import Params
-
-_SLACK = 1e-9  # 0.29 * 100 is 28.999999999999996 in binary
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +67,10 @@ class SVG2(Method):
             tokens they take 25 * (query_clusters + key_clusters) / S of a dense call's
             multiplications, once: 0.43 for Wan at 720p.
         iterations: On every later choice, 1 to 1000; 2 in the scripts (1.7 % of dense there).
-        compensate: "none", or "cluster_mean": each dropped cluster is read as one key, its mean
-            key and mean value with weight n_j, merged in fp32. Costs key_clusters keys per query;
-            the plan's density does not count them. SVG-EAR's compensation, without its choice of
-            clusters by error and cost.
+        compensate: "none", or "means": each block of a dropped cluster is read as one key, its
+            mean key and mean value with weight n (+ ln n); the density counts it. SVG-EAR's
+            compensation, without its choice of clusters by error and cost, and with means of a
+            long cluster's blocks instead of the whole.
         refresh: Steps for which clusters and choice live, >= 1; 1 in the scripts. Higher is
             cheaper and staler, and keeps the plan in memory.
         seed: For the draw of the first centroids, from 0.
@@ -88,11 +79,11 @@ class SVG2(Method):
 
     summary: ClassVar[str] = (
         "dynamic: k-means clusters of queries and keys, chosen by centroid (SVG2, 2505.18875), "
-        "cluster means for the rest on request (SVG-EAR, 2603.08982)"
+        "means for the rest on request (SVG-EAR, 2603.08982)"
     )
     everything: ClassVar[Params] = {"top_p": 1.0}
     example: ClassVar[Params] = {
-        "top_p": 0.5, "first_iterations": 5, "compensate": "cluster_mean", "block_size": 8,
+        "top_p": 0.5, "first_iterations": 5, "compensate": "means", "block_size": 8,
     }  # fmt: skip
     cheap_planning: ClassVar[Params] = {"refresh": 4, "first_iterations": 10}
     stays: ClassVar[str] = "top_p and floor are shares"
@@ -104,7 +95,7 @@ class SVG2(Method):
     floor: float = 0.1
     first_iterations: int = 50
     iterations: int = 2
-    compensate: Literal["none", "cluster_mean"] = "none"
+    compensate: Literal["none", "means"] = "none"
     refresh: int = 1
     seed: int = 0
     block_size: int = 128
@@ -117,10 +108,7 @@ class SVG2(Method):
         check_count("iterations", self.iterations, (1, 1000), 2)
         check_share("top_p", self.top_p, zero=False, hint=0.9)
         check_share("floor", self.floor, zero=True, hint=0.1)
-        if self.compensate not in {"none", "cluster_mean"}:
-            raise StrategyError(
-                f"compensate must be 'none' or 'cluster_mean', got {self.compensate!r}"
-            )
+        check_compensate(self.compensate)
         check_refresh(self.refresh)
         check_seed(self.seed)
         check_block_size(self.block_size)
@@ -154,65 +142,25 @@ class SVG2(Method):
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Cluster and choose, or reuse the last choice."""
-        if self.top_p == 1 or self.floor == 1:  # nothing to choose
-            return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
-        call.grid.check_blocks(self.block_size)
-        state = call.state
-        if state.get("for") != identity(call) or call.step < state["made"]:
-            state.clear()
-            self._choose(call, ops)
-        elif "mask" not in state or call.step - state["made"] >= self.refresh:
-            self._choose(call, ops)
-        plan = clustered_plan(call, state["q"], state["kv"], state["mask"], ops)
-        if self.compensate == "none":
-            self._forget(call)
-        return plan
+        tokens = call.grid.video_tokens
+        pieces = call.once((self, "pieces", tokens), lambda: self._pieces(tokens))
+        return pieces.plan(call, ops)
 
-    def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
-        """Merge the means of dropped clusters into the video rows, where that is asked for."""
-        state = call.state
-        if self.compensate == "cluster_mean" and "mask" in state:
-            sides = (state["q"], state["kv"], state["mask"])
-            output = merge_cluster_means(call, *sides, output, lse, ops)
-            self._forget(call)
-        return output
-
-    def _choose(self, call: AttentionCall, ops: Ops) -> None:
-        """Put clusters, their centroids and the kept pairs of them into the state."""
-        state, grid = call.state, call.grid
-        video = slice(grid.video_start, grid.video_start + grid.video_tokens)
-        found = []
-        for i_side, (name, x, clusters) in enumerate(
-            zip(("q", "kv"), (call.query, call.key), self.clusters(grid.video_tokens), strict=True)
-        ):
-            last = state.get(f"{name}_centroids")
-            state[name], centroids = cluster_side(
-                x[:, video],
-                clusters,
-                self.first_iterations if last is None else self.iterations,
-                self.block_size,
-                ops,
-                init=last,
-                seed=(self.seed * 1009 + call.layer) * 2 + i_side,
-            )
-            state[f"{name}_centroids"] = centroids.to(x.dtype)
-            found.append(centroids)
-        state["mask"] = self._kept(found[0], found[1], state["kv"].counts, call.scale, ops)
-        state["for"], state["made"] = identity(call), call.step
-
-    def _kept(
-        self, queries: Tensor, keys: Tensor, counts: Tensor, scale: float, ops: Ops
-    ) -> Tensor:
-        """Choose key clusters: bool ``[batch, heads, q_clusters, kv_clusters]``."""
-        empty = (counts == 0)[:, :, None]
-        # ln 0 = -inf: an empty cluster weighs nothing; a negative weight is no candidate.
-        score = queries @ keys.transpose(-1, -2) * scale + counts.float().log()[:, :, None]
-        weight = score.softmax(-1).masked_fill(empty, -1)
-        floor = int(self.floor * keys.shape[2] + _SLACK)
-        return ops.select_top_p(weight, self.top_p, floor)[0]
-
-    def _forget(self, call: AttentionCall) -> None:
-        """Drop what no later call will ask for."""
-        if self.refresh == 1:
-            for name in ("q", "kv", "mask"):
-                call.state.pop(name, None)
+    def _pieces(self, video_tokens: int) -> Composed:
+        query_clusters, key_clusters = self.clusters(video_tokens)
+        return Composed(
+            query_order="clusters",
+            key_order="clusters",
+            score="centroid",
+            select="top_p",
+            compensate=self.compensate,
+            top_p=self.top_p,
+            floor=self.floor,
+            query_clusters=query_clusters,
+            key_clusters=key_clusters,
+            first_iterations=self.first_iterations,
+            iterations=self.iterations,
+            refresh=self.refresh,
+            seed=self.seed,
+            block_size=self.block_size,
+        )

@@ -167,7 +167,9 @@ class Meter:
             candidate.name,
             _numbers((error / norm).sqrt()),
             _numbers(doubt / norm),
-            None if plan.kv_log_weight is not None else _numbers(recall.clamp(max=1.0)),
+            None
+            if plan.means or plan.kv_log_weight is not None
+            else _numbers(recall.clamp(max=1)),
             _numbers(_per_head(plan.density(), heads)),
             _numbers(computed_share(plan, heads)),
             ordered=plan.q_permutation is not None or plan.kv_permutation is not None,

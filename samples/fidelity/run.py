@@ -58,6 +58,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 1001])
     parser.add_argument("--calibration", type=int, default=2, help="prompts to tune and search on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--add", action="store_true", help="keep the other methods' arms that are in the file"
+    )
     parser.add_argument("--fresh", action="store_true", help="drop what an earlier run made")
     parser.add_argument("--tune-only", action="store_true", help="write the strategies and stop")
     return parser.parse_args()
@@ -137,7 +140,8 @@ def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]
         "model": args.model.name,
         "command": f"python samples/fidelity/run.py samples/{args.model.name} -o outputs/fidelity "
         f"--densities {' '.join(f'{density:g}' for density in args.densities)} "
-        f"--steps {args.steps}",
+        f"--steps {args.steps}"
+        + (f" --methods {' '.join(args.methods)} --add" if args.add else ""),
         "call": told["call"],
         "prompts": told["prompts"],
         "seeds": told["seeds"],
@@ -150,6 +154,22 @@ def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]
         },
         "made_of": compositions(place.parent / "strategies", place.parent / "measured"),
         "arms": arms,
+    }
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Add a run's arms to those of an earlier run on the same prompts, seeds and settings."""
+    same = ("model", "prompts", "seeds", "video_share")
+    calls = [{**each["call"], "versions": None} for each in (old, new)]
+    if any(old[name] != new[name] for name in same) or calls[0] != calls[1]:
+        raise SystemExit("--add: the file that is there has other prompts, seeds or settings")
+    own = set(new["arms"]) - {"dense", "floor"}
+    told = {name: {"command": new["command"], "versions": new["call"]["versions"]} for name in own}
+    missing = {name: why for name, why in old["missing"].items() if name not in own}
+    return old | {
+        "missing": missing | new["missing"],
+        "arms": dict(sorted((old["arms"] | {name: new["arms"][name] for name in own}).items())),
+        "added": dict(sorted((old.get("added", {}) | told).items())),
     }
 
 
@@ -169,8 +189,12 @@ def main() -> None:
     place = evaluate(args, prompts.held_out, files)
     found = collect(args, place, made)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1, allow_nan=False)
-    (RESULTS / f"{args.model.name}.json").write_text(text + "\n")
+    path = RESULTS / f"{args.model.name}.json"
+    if args.add:
+        found = joined(json.loads(path.read_text()), found)
+    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    if args.add:
+        return
     pair = min((place / "pairs").iterdir())
     draw_strip(pair, args.methods, args.densities, RESULTS / f"{args.model.name}-strip.png")
 

@@ -25,6 +25,7 @@ def token_mask(plan, batch: int, heads: int, queries: int, keys: int) -> torch.T
             kv_order = list(range(keys))
             if plan.q_permutation is not None:
                 q_order = pick(plan.q_permutation, b, h)
+            if plan.kv_permutation is not None:
                 kv_order = pick(plan.kv_permutation, b, h)
             q_blocks, kv_blocks = (
                 list(zip(pick(side.starts, b, h), pick(side.lengths, b, h), strict=True))
@@ -51,6 +52,35 @@ def masked_attention(query, key, value, mask, scale):
     return (weights @ v).transpose(1, 2), lse
 
 
+def with_means(query, key, value, plan, mask, scale, output, lse):
+    """Read every key block of which a query reads nothing as one key, in float64."""
+    output, lse = output.clone(), lse.clone()
+    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
+
+    def pick(tensor, i_batch, i_head):
+        return tensor[min(i_batch, tensor.shape[0] - 1), min(i_head, tensor.shape[1] - 1)].tolist()
+
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            order = list(range(key.shape[1]))
+            if plan.kv_permutation is not None:
+                order = pick(plan.kv_permutation, b, h)
+            member = torch.zeros(plan.kv.blocks, key.shape[1], dtype=torch.float64)
+            for i, (start, length) in enumerate(
+                zip(*(pick(x, b, h) for x in (plan.kv.starts, plan.kv.lengths)), strict=True)
+            ):
+                member[i, [order[slot] for slot in range(start, start + length)]] = 1
+            size = member.sum(1)
+            dropped = (mask[b, h].double() @ member.T == 0) & (size > 0)
+            mean = member / size.clamp(min=1)[:, None]
+            own = (q[b, h] @ k[b, h].T * scale).masked_fill(~mask[b, h], -torch.inf)
+            rest = q[b, h] @ (mean @ k[b, h]).T * scale + size.clamp(min=1).log()
+            score = torch.cat([own, rest.masked_fill(~dropped, -torch.inf)], 1)
+            lse[b, h] = score.logsumexp(1)
+            output[b, :, h] = score.softmax(1) @ torch.cat([v[b, h], mean @ v[b, h]])
+    return output, lse
+
+
 class NaiveOps(Planning):
     """``Ops`` in float64, counting its calls."""
 
@@ -59,7 +89,8 @@ class NaiveOps(Planning):
 
     def attend(self, query, key, value, plan, scale):
         mask = token_mask(plan, query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-        return masked_attention(query, key, value, mask, scale)
+        kept = masked_attention(query, key, value, mask, scale)
+        return with_means(query, key, value, plan, mask, scale, *kept) if plan.means else kept
 
     def block_mass(self, query, key, lse, q, kv, scale):
         self.searches += 1

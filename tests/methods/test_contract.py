@@ -23,6 +23,7 @@ from tests.strategies import latents_grids, seeds, valid_text_lengths
 
 NUM_STEPS = 6
 names = st.sampled_from(sorted(METHODS))
+COMPENSATED = [name for name in sorted(METHODS) if "compensate" in param_names(name)]
 
 
 def smallest(name):
@@ -64,6 +65,22 @@ def living(call):
     return mask[:, None, None]
 
 
+def dropped_blocks(plan, mask):
+    """For every (sample, head): pairs of a query and a key block of which it reads nothing."""
+    batch, heads, _, keys = mask.shape
+    order = torch.arange(keys).expand(batch, heads, -1)
+    if plan.kv_permutation is not None:
+        order = plan.kv_permutation.expand(batch, heads, -1)
+    pairs = torch.zeros(batch, heads, dtype=torch.int64)
+    for b in range(batch):
+        for h in range(heads):
+            lead = (min(b, plan.kv.starts.shape[0] - 1), min(h, plan.kv.starts.shape[1] - 1))
+            for start, length in zip(plan.kv.starts[lead], plan.kv.lengths[lead], strict=True):
+                block = order[b, h, start : start + length]
+                pairs[b, h] += (~mask[b, h][:, block].any(-1)).sum() if length else 0
+    return pairs
+
+
 @given(names, generations())
 def test_keeping_everything_is_dense(name, calls):
     method = build_method(name, smallest(name) | method_class(name).everything)
@@ -99,10 +116,33 @@ def test_plans_are_sound_on_any_grid(name, calls):
         assert torch.equal(mask[..., span], text)  # text keys always
         rows = living(call).expand_as(mask)[:, :, span]
         assert torch.equal(mask[:, :, span], rows)  # and text queries
-        assert bool(mask.any(-1).all())
-        share = mask.sum((-1, -2)) / living(call).expand_as(mask).sum((-1, -2))
+        assert plan.means or bool(mask.any(-1).all())
+        pairs = mask.sum((-1, -2)) + (dropped_blocks(plan, mask) if plan.means else 0)
+        share = pairs / living(call).expand_as(mask).sum((-1, -2))
         torch.testing.assert_close(density.expand(batch, heads), share.double())
         assert bool(output.isfinite().all())
+
+
+@given(st.sampled_from(COMPENSATED), generations())
+def test_means_stand_in_for_what_the_same_choice_drops(name, calls):
+    pieces = {"select": "top_k"} if name == "composed" else {}  # a budget has to pay for means
+    usual, compensated = (
+        build_method(name, smallest(name) | pieces | {"compensate": how})
+        for how in ("none", "means")
+    )
+    plans = []
+    for method in (usual, compensated):
+        for call in calls:
+            call.state.clear()
+            call.shared.clear()
+        plans.append([run(method, call, NaiveOps()) for call in calls])
+    for call, (one, _), (other, output) in zip(calls, *plans, strict=True):
+        if one is None or one.complete:
+            continue
+        assert other.means
+        assert torch.equal(one.block_mask(), other.block_mask())
+        wanted, _ = NaiveOps().attend(call.query, call.key, call.value, other, call.scale)
+        torch.testing.assert_close(output, wanted)
 
 
 @given(names, generations())

@@ -19,7 +19,8 @@ def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tens
         other: Like ``output``.
         other_lse: Like ``lse``.
     """
-    share = torch.sigmoid(other_lse - lse).transpose(1, 2)[..., None]
+    ahead = (other_lse - lse).masked_fill(other_lse == -torch.inf, -torch.inf)  # both may be -inf
+    share = torch.sigmoid(ahead).transpose(1, 2)[..., None]
     return torch.lerp(output.to(share.dtype), other.to(share.dtype), share).to(output.dtype)
 
 
