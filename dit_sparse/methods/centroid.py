@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Centroid attention: near keys one by one, the rest by the centroids of their clusters.
 
-Our own composition of published pieces; no paper that we know has it. Keys are clustered, pairs of
-groups are chosen by centroid under one budget a head, and every dropped cluster is read as its
-centroid, so that no key is ever lost.
+Our own composition of published pieces; no paper that we know has it. Keys are clustered (SVG2,
+arXiv:2505.18875), pairs of groups are chosen by centroid under one budget a head, and every
+dropped cluster is read as its centroid (BLADE, arXiv:2508.10774; SVG-EAR, arXiv:2603.08982), so
+that no key is ever lost.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Centroid(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: clusters of keys attended exactly or as their centroid, under one budget a head "
-        "(our own composition)"
+        "dynamic: clusters of keys attended one by one or as their centroid, one budget a head "
+        "(ours, from SVG2, 2505.18875, and SVG-EAR, 2603.08982)"
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}

@@ -103,7 +103,7 @@ class Composed(Method):
 
     summary: ClassVar[str] = (
         "dynamic: order, score, selection and compensation by name; by default 3-D tiles with "
-        "means of what is dropped"
+        "means of what is dropped (pieces of GNA, 2504.16922, and BLADE, 2508.10774)"
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
