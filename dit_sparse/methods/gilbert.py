@@ -2,7 +2,8 @@
 """The generalised Hilbert curve through a box: neighbours on the curve are neighbours in space.
 
 Source: the recursion of Jakub Cerveny's "gilbert" curve for boxes of any size, which BLADE
-(arXiv:2508.10774) orders its tokens by. Where an extent is odd a few steps go diagonally.
+(arXiv:2508.10774) orders its tokens by. Where an extent is odd a few steps are longer than one.
+The order is exactly the reference's, as BLADE's released weights were trained on its blocks.
 """
 
 from __future__ import annotations
@@ -100,10 +101,15 @@ def _split(start: Vector, a: Vector, b: Vector, c: Vector) -> list[Box]:
 
 
 def _half(axis: Vector) -> Vector:
-    """Halve an axis: down to a whole length, then up to an even one where the axis is above 2."""
-    total = sum(axis)
-    length = abs(total) // 2
-    return _times(_unit(axis), length + (length % 2 if abs(total) > 2 else 0))
+    """Halve an axis as the reference curve does, so that its order is this one's.
+
+    Each signed component is rounded down, so that an odd axis which runs backwards is cut after
+    its larger part; where the half is odd and the axis longer than 2, one step is added to it.
+    """
+    half = (axis[0] // 2, axis[1] // 2, axis[2] // 2)
+    if abs(sum(half)) % 2 and abs(sum(axis)) > 2:
+        half = _sum(half, _unit(axis))
+    return half
 
 
 def _unit(axis: Vector) -> Vector:

@@ -32,15 +32,91 @@ class PooledOps(NaiveOps):
 
 
 @given(sides, sides, sides)
-def test_the_curve_visits_every_token_once_and_makes_no_jumps(width, height, depth):
+def test_the_curve_visits_every_token_once_and_steps_to_neighbours(width, height, depth):
     path = [tuple(place) for place in curve(width, height, depth).tolist()]
     assert sorted(path) == list(product(range(width), range(height), range(depth)))
-    steps = [[abs(a - b) for a, b in zip(p, q, strict=True)] for p, q in pairwise(path)]
-    assert all(max(step) == 1 for step in steps)
-    # Odd extents need diagonal steps (BLADE's curve does too), and few of them.
-    assert all(sum(step) <= 2 for step in steps)
+    steps = [sum(abs(a - b) for a, b in zip(p, q, strict=True)) for p, q in pairwise(path)]
     if all(side % 2 == 0 for side in (width, height, depth)):
-        assert all(sum(step) == 1 for step in steps)
+        assert all(step == 1 for step in steps)
+    # Odd extents need a few longer steps, as the reference has them.
+    assert all(step <= 4 for step in steps)
+
+
+def sign(number):
+    return (number > 0) - (number < 0)
+
+
+def add(*vectors):
+    return tuple(map(sum, zip(*vectors, strict=True)))
+
+
+def minus(vector):
+    return tuple(-number for number in vector)
+
+
+def walk(at, a, b, c):
+    """Yield the reference curve's places of a box one by one: from ``at``, on the whole along a.
+
+    Vectors carry their direction as a sign, and every halving rounds the signed number down.
+    """
+    sides = width, height, depth = [abs(sum(axis)) for axis in (a, b, c)]
+    if 0 in sides:
+        return
+    step_a, step_b, step_c = (tuple(map(sign, axis)) for axis in (a, b, c))
+    for axis, step, others in (
+        (a, step_a, (height, depth)), (b, step_b, (width, depth)), (c, step_c, (width, height)),
+    ):  # fmt: skip
+        if others == (1, 1):
+            for _ in range(abs(sum(axis))):
+                yield at
+                at = add(at, step)
+            return
+    halves = []
+    for axis, step, side in zip((a, b, c), (step_a, step_b, step_c), sides, strict=True):
+        half = tuple(number // 2 for number in axis)
+        if abs(sum(half)) % 2 == 1 and side > 2:
+            half = add(half, step)
+        halves.append(half)
+    a2, b2, c2 = halves
+    a_rest, b_rest, c_rest = (add(x, minus(y)) for x, y in zip((a, b, c), halves, strict=True))
+    a_last = add(a, minus(step_a))
+    if 2 * width > 3 * height and 2 * width > 3 * depth:
+        yield from walk(at, a2, b, c)
+        yield from walk(add(at, a2), a_rest, b, c)
+    elif 3 * height > 4 * depth:
+        yield from walk(at, b2, c, a2)
+        yield from walk(add(at, b2), a, b_rest, c)
+        yield from walk(add(at, a_last, b2, minus(step_b)), minus(b2), c, minus(a_rest))
+    elif 3 * depth > 4 * height:
+        yield from walk(at, c2, a2, b)
+        yield from walk(add(at, c2), a, b, c_rest)
+        yield from walk(add(at, a_last, c2, minus(step_c)), minus(c2), minus(a_rest), b)
+    else:
+        c_last = add(c, minus(step_c))
+        yield from walk(at, b2, c2, a2)
+        yield from walk(add(at, b2), c, a2, b_rest)
+        yield from walk(add(at, b2, minus(step_b), c_last), a, minus(b2), minus(c_rest))
+        yield from walk(add(at, a_last, b2, c_last), minus(c), minus(a_rest), b_rest)
+        yield from walk(add(at, a_last, b2, minus(step_b)), minus(b2), c2, minus(a_rest))
+
+
+def reference_curve(width, height, depth):
+    """All places in the reference's order; the longest side leads, the first of equals."""
+    axes = [(width, 0, 0), (0, height, 0), (0, 0, depth)]
+    longest = max(range(3), key=lambda i: (sum(axes[i]), -i))
+    lead = axes.pop(longest)
+    return list(walk((0, 0, 0), lead, *axes))
+
+
+@given(st.integers(1, 13), st.integers(1, 13), st.integers(1, 13))
+def test_the_curve_is_the_references(width, height, depth):
+    found = [tuple(place) for place in curve(width, height, depth).tolist()]
+    assert found == reference_curve(width, height, depth)
+
+
+@pytest.mark.parametrize("size", [(52, 30, 21), (45, 30, 13)])  # BLADE's Wan and CogVideoX
+def test_the_curve_is_the_references_on_the_released_grids(size):
+    assert [tuple(place) for place in curve(*size).tolist()] == reference_curve(*size)
 
 
 def test_the_order_leaves_text_alone():
