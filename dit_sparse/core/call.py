@@ -140,8 +140,12 @@ class Ops(Protocol):
         *,
         seed: int = 0,
         form: str = "code",
-    ) -> Tensor:
-        """Score block pairs by the largest weight among sampled tokens (BLADE), in [0, 1]."""
+        heads: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Score block pairs by the largest weight among sampled tokens (BLADE), in [0, 1].
+
+        The mean over the sampled queries comes second: it breaks ties of the first.
+        """
 
     def kmeans(
         self,

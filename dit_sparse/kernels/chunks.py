@@ -7,6 +7,7 @@ Nothing here reads device memory, so nothing here makes the host wait.
 from __future__ import annotations
 
 import sys
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,21 +61,29 @@ def heads_of(layout: BlockLayout, part: slice) -> tuple[Tensor, Tensor]:
     return of_heads(layout.starts, part), of_heads(layout.lengths, part)
 
 
-def seeded_order(seed: int, rows: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+def seeded_order(
+    seed: int, rows: tuple[int, ...] | Tensor, length: int, device: torch.device
+) -> Tensor:
     """Shuffle ``range(length)`` for each of ``rows``: int64 ``[*rows, length]``.
 
-    The order depends on the seed, the row and the length only, not on the device or on any
-    generator's state: numbers are hashed (splitmix64), and sorted by their hash.
+    The order depends on the seed, the row's number and the length only, not on the device or on
+    any generator's state: numbers are hashed (splitmix64), and sorted by their hash.
+
+    Args:
+        seed: For the draw.
+        rows: How many rows, numbered from 0; or their numbers, int64 of any shape.
+        length: Of each row.
+        device: Of the result.
     """
-    count = length
-    for size in rows:
-        count *= size
-    place = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+    if not isinstance(rows, torch.Tensor):
+        rows = torch.arange(prod(rows), dtype=torch.int64, device=device).view(rows)
+    place = torch.arange(1, length + 1, dtype=torch.int64, device=device)
+    place = place + rows[..., None] * length
     mixed = place * _signed(0x9E3779B97F4A7C15) + _signed(seed * 0xD1342543DE82EF95 + 1)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
     mixed = mixed ^ _shifted(mixed, 31)
-    return mixed.view(*rows, length).argsort(dim=-1, stable=True)
+    return mixed.argsort(dim=-1, stable=True)
 
 
 def _signed(value: int) -> int:

@@ -41,12 +41,13 @@ def tile_maximum(
     *,
     seed: int = 0,
     form: str = "code",
-) -> Tensor:
+    heads: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Score block pairs by the maximum over sampled queries and keys.
 
     In each block ``samples`` places are drawn without replacement; the same places in every block
-    of a (sample, head), others for queries and for keys. A shorter block takes the first of the
-    drawn places that it has, and all its tokens where it has fewer than ``samples``.
+    and every sample of a head, others for queries and for keys. A shorter block takes the first of
+    the drawn places that it has, and all its tokens where it has fewer than ``samples``.
 
     Args:
         query: ``[batch, seq_len, heads, head_dim]``; slots are tokens.
@@ -59,22 +60,29 @@ def tile_maximum(
         form: "code", what the released weights were trained with: for every query the block's
             largest score relative to the largest of all blocks, exp(m - max m). "paper": the
             largest softmax weight over all sampled keys. Either is the maximum over the queries.
+        heads: Number of each head, which its draw goes by, int64 ``[heads]``; None: 0, 1, ...
 
     Returns:
-        fp32 ``[batch, heads, q_blocks, kv_blocks]`` in [0, 1]; 0 where a block has no tokens.
+        Scores, fp32 ``[batch, heads, q_blocks, kv_blocks]`` in [0, 1], 0 where a block has no
+        tokens; and the means over the block's sampled queries instead of their maxima, likewise:
+        many maxima are exactly 1, and the means tell those apart.
     """
     if samples < 1:
         raise KernelError(f"samples must be at least 1, got {samples}")
     if form not in FORMS:
         raise KernelError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    batch, _, heads, dim = query.shape
+    batch, _, count, dim = query.shape
     work = work_dtype(query.dtype)
-    q_slot = sampled_slots(q, batch, heads, samples, 2 * seed)
-    kv_slot = sampled_slots(kv, batch, heads, samples, 2 * seed + 1)
-    best = torch.zeros(batch, heads, q.blocks, kv.blocks, dtype=torch.float32, device=query.device)
+    if heads is None:
+        heads = torch.arange(count, device=query.device)
+    q_slot = sampled_slots(q, heads, samples, 2 * seed)
+    kv_slot = sampled_slots(kv, heads, samples, 2 * seed + 1)
+    best = torch.zeros(batch, count, q.blocks, kv.blocks, dtype=torch.float32, device=query.device)
+    mean = torch.zeros_like(best)
+    drawn = (q_slot >= 0).sum(-1).clamp(min=1)[..., None]  # [batch|1, heads, q_blocks, 1]
     q_count, kv_count = q_slot.shape[-1], kv_slot.shape[-1]
     rows_held = max(q.blocks * q_count, kv.blocks * kv_count)
-    for part in head_parts(heads, 4 * batch * rows_held * dim * work.itemsize, query.device):
+    for part in head_parts(count, 4 * batch * rows_held * dim * work.itemsize, query.device):
         q_part = of_heads(q_slot, part).flatten(2)
         kv_part = of_heads(kv_slot, part).transpose(2, 3).flatten(2)  # place-major
         rows = gather_tokens(query[:, :, part], q_part).transpose(1, 2)
@@ -95,18 +103,21 @@ def tile_maximum(
                 base = score.logsumexp(-1, keepdim=True)
             base.clamp_(min=torch.finfo(work).min)  # no key at all: weight 0, not nan
             weight = most.sub_(base).exp_().masked_fill_(no_query[:, :, span], 0)
-            best[:, part, first : first + step] = weight.unflatten(2, (-1, q_count)).amax(3)
-    return best
+            of_queries = weight.unflatten(2, (-1, q_count))
+            best[:, part, first : first + step] = of_queries.amax(3)
+            mean[:, part, first : first + step] = of_queries.sum(3)
+    return best, mean.div_(drawn)
 
 
-def sampled_slots(layout: BlockLayout, batch: int, heads: int, samples: int, seed: int) -> Tensor:
-    """Draw slots of each block: int64 ``[batch, heads, blocks, min(samples, max_length)]``.
+def sampled_slots(layout: BlockLayout, heads: Tensor, samples: int, seed: int) -> Tensor:
+    """Draw slots of each block: int64 ``[batch|1, heads, blocks, min(samples, max_length)]``.
 
-    -1 stands where a block has no further token.
+    The places depend on the seed and the head's number alone. -1 stands where a block has no
+    further token.
     """
     count = min(samples, layout.max_length)
     device = layout.device
-    order = seeded_order(seed, (batch, heads), layout.max_length, device)[:, :, None]
+    order = seeded_order(seed, heads[None], layout.max_length, device)[:, :, None]
     lengths = layout.lengths[..., None]
     has = order < lengths  # [batch, heads, blocks, max_length]
     rank = torch.where(has, has.cumsum(-1) - 1, count).clamp_(max=count)

@@ -26,6 +26,7 @@ from dit_sparse.methods.lists import (
     check_seed,
     check_share,
     reused_plan,
+    select_by_two,
     video_blocks,
 )
 
@@ -46,10 +47,13 @@ class Blade(Method):
 
     Tokens stand along a generalised Hilbert curve through frames, rows and columns. ``samples``
     tokens of each block are drawn; a block pair scores the largest weight among its drawn queries
-    and keys. Each row keeps the fewest blocks whose scores reach ``threshold`` of the row's, but
-    no fewer than ``floor`` and no more than ``density`` of the video's blocks: the published
-    settings act as a plain top-k of ``density``. (The released code stops one block short of the
-    threshold.)
+    and keys. In the form "code" each drawn query gives 1 to its best block, so that many blocks of
+    a row score exactly 1: among equal scores the mean over the drawn queries decides, where the
+    released code takes whichever its sort puts first.
+
+    Each row keeps the fewest blocks whose scores reach ``threshold`` of the row's, but no fewer
+    than ``floor`` and no more than ``density`` of the video's blocks: the published settings act
+    as a plain top-k of ``density``. (The released code stops one block short of the threshold.)
 
     ASA_G (``pooled`` above 0): all video queries also read the means of n = ``pooled`` keys and
     values that follow each other on the curve, each counting as n keys by + ln n: the two results
@@ -57,7 +61,8 @@ class Blade(Method):
     The plan's density does not count the pooled keys; they add 1 / n.
 
     Text queries and text keys are kept whole and never pooled; padding takes no part. Samples,
-    heads and CFG branches choose apart; the draw depends on seed, layer, step and head alone.
+    heads and CFG branches choose apart. The draw depends on the seed and the model's own numbers
+    of layer, step and head alone: not on the batch, nor on which heads share a rule or a GPU.
 
     Args:
         density: Largest share of video key blocks that a row keeps, in (0, 1]; rounded down, one
@@ -85,7 +90,6 @@ class Blade(Method):
     stays: ClassVar[str] = (
         "density, floor and threshold are shares; a pooled key stands for as many tokens"
     )
-    heads_tied: ClassVar[str] = "its random draw goes by a head's place among those of its process"
 
     density: float = 0.17
     threshold: float = 0.95
@@ -136,28 +140,29 @@ class Blade(Method):
         order = _order(call)
         video = video_blocks(call, self.block_size)
         draw = (self.seed * 1009 + call.layer) * 1009 + call.step
+        numbers = _head_numbers(call)
 
         def choose(heads: slice) -> tuple[Tensor, Tensor, Tensor]:
             query = ops.gather_tokens(call.query[:, :, heads], order, padding=False)
             key = ops.gather_tokens(call.key[:, :, heads], order, padding=False)
-            # Samples one by one: a sample's draw must not depend on who else is in the batch.
-            scores = torch.cat(
-                [
-                    ops.tile_maximum(
-                        query[i : i + 1],
-                        key[i : i + 1],
-                        q,
-                        _of_sample(kv, i),
-                        self.samples,
-                        call.scale,
-                        seed=(draw * 1009 + heads.start) % _SEEDS,
-                        form=self.form,
-                    )[:, :, video, video]
-                    for i in range(query.shape[0])
-                ]
+            scores, means = (
+                x[:, :, video, video]
+                for x in ops.tile_maximum(
+                    query,
+                    key,
+                    q,
+                    kv,
+                    self.samples,
+                    call.scale,
+                    seed=draw % _SEEDS,
+                    form=self.form,
+                    heads=numbers[heads],
+                )
             )
             least, most = self.limits(scores.shape[-1])
-            return ops.select_top_p(scores, self.threshold, least, ceiling=most)
+            return select_by_two(
+                scores, means, lambda x: ops.select_top_p(x, self.threshold, least, ceiling=most)
+            )
 
         plan = reused_plan(call, self.block_size, self.refresh, choose)
         return replace(plan, q_permutation=order, kv_permutation=order)
@@ -204,9 +209,8 @@ def _order(call: AttentionCall) -> Tensor:
     return call.once(("gilbert", grid, device), lambda: gilbert_order(grid).to(device))
 
 
-def _of_sample(layout: BlockLayout, i_batch: int) -> BlockLayout:
-    """Narrow a layout to one sample."""
-    if layout.starts.shape[0] == 1:
-        return layout
-    starts, lengths = layout.starts[i_batch][None], layout.lengths[i_batch][None]
-    return replace(layout, starts=starts, lengths=lengths)
+def _head_numbers(call: AttentionCall) -> Tensor:
+    """Look up (or make, once) the model's numbers of the call's heads on its device."""
+    device = call.query.device
+    place = ("head numbers", call.heads, device)
+    return call.once(place, lambda: torch.tensor(call.heads, dtype=torch.int64, device=device))

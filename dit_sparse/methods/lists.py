@@ -90,6 +90,29 @@ def identity(call: AttentionCall) -> tuple[object, ...]:
     return (call.grid, call.heads, call.num_steps, tuple(call.query.shape), call.query.device)
 
 
+def select_by_two(
+    scores: Tensor, ties: Tensor, select: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select by ``scores``, and by ``ties`` between key blocks of exactly equal score.
+
+    The selections rank equal scores by the blocks' numbers. Here they see the blocks in the order
+    of ``ties``, highest first, so that unequal scores rank as they would without it.
+
+    Args:
+        scores: ``[batch, heads, q_blocks, kv_blocks]``.
+        ties: The same shape; the lower number wins where both are equal.
+        select: One of the select operations, with its arguments.
+    """
+    order = ties.argsort(dim=-1, descending=True, stable=True)
+    mask, lists, counts = select(scores.gather(-1, order))
+    blocks = mask.shape[-1]
+    entry = torch.arange(lists.shape[-1], device=lists.device)
+    # Entries that do not count get a number above all blocks, so that sorting puts them last.
+    found = order.gather(-1, lists.long()).masked_fill_(entry >= counts[..., None], blocks)
+    found = found.sort(dim=-1).values.clamp_(max=blocks - 1)
+    return torch.empty_like(mask).scatter_(-1, order, mask), found.int(), counts
+
+
 def reused_plan(
     call: AttentionCall, block_size: int, refresh: int | None, choose: Choose
 ) -> BlockPlan:
