@@ -60,7 +60,13 @@ class Blade(Method):
     are merged by their log-sum-exps in fp32. Kept keys so count twice, as in the released code.
     The plan's density does not count the pooled keys; they add 1 / n.
 
-    Text queries and text keys are kept whole and never pooled; padding takes no part. Samples,
+    Text queries and text keys are kept whole; padding takes no part. Whether text takes part in
+    the pooled branch is ``pool_text``. The released CogVideoX code puts text behind the video,
+    forms groups of n over both, a group across their border included, and merges the branch into
+    text rows too: its LoRA expects ``pool_text``. Two things differ from it still: its last two
+    blocks, kept whole for the text's sake, hold some of the curve's last video tokens too (14 of
+    them at 480 x 720 x 49 frames); and here the last, shorter group counts as the keys it has.
+    Wan has no text in this attention, so there it makes no difference. Samples,
     heads and CFG branches choose apart. The draw depends on the seed and the model's own numbers
     of layer, step and head alone: not on the batch, nor on which heads share a rule or a GPU.
 
@@ -75,6 +81,8 @@ class Blade(Method):
             score). "paper": softmax weight among the drawn keys.
         pooled: Tokens in a pooled key, up to a million; 0 for none (ASA). BLADE has 30 (Wan) and
             15 (CogVideoX) for its distilled models. Larger is cheaper and coarser.
+        pool_text: Pool text keys too, and let text queries read the pooled keys, as BLADE's
+            CogVideoX code does. False: text is exact.
         seed: For the draw, from 0.
         refresh: Steps for which a choice lives, >= 1; BLADE chooses on every step.
         block_size: Tokens in a block, 1 to 1024; BLADE has 128.
@@ -97,6 +105,7 @@ class Blade(Method):
     samples: int = 32
     form: Literal["code", "paper"] = "code"
     pooled: int = 0
+    pool_text: bool = False
     seed: int = 0
     refresh: int = 1
     block_size: int = 128
@@ -175,31 +184,54 @@ class Blade(Method):
         return least, most
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
-        """Merge the pooled keys' attention, each key with + ln n, into the video rows (ASA_G)."""
+        """Merge the pooled keys' attention, each key with + ln n, into the rows (ASA_G)."""
         if not self.pooled:
             return output
         grid, device = call.grid, call.query.device
         video = slice(grid.video_start, grid.video_start + grid.video_tokens)
-        plan, groups = call.once((self, "pooled", grid, device), lambda: self._pooled_plan(call))
         along = _order(call)[..., video]
+        valid = None
+        if self.pool_text:
+            rows, valid = slice(None), call.text_valid
+            text = slice(grid.text_start, grid.text_start + grid.text_length)
+            along = torch.cat([along, _order(call)[..., text]], -1)
+        else:
+            rows = video
+        if valid is None:
+            place = (self, "pooled", grid, device)
+            plan, groups = call.once(place, lambda: self._pooled_plan(along.shape[-1], device))
+        else:
+            plan, groups = self._pooled_plan(along.shape[-1], device, grid.video_tokens + valid)
         key, value = (
             ops.pool(ops.gather_tokens(x, along, padding=False), groups)
             .transpose(1, 2)
             .to(x.dtype)
             for x in (call.key, call.value)
         )
-        coarse, coarse_lse = ops.attend(call.query[:, video], key, value, plan, call.scale)
+        coarse, coarse_lse = ops.attend(call.query[:, rows], key, value, plan, call.scale)
         merged = writable(output)
-        merged[:, video] = merge(output[:, video], lse[..., video], coarse, coarse_lse)
+        merged[:, rows] = merge(output[:, rows], lse[..., rows], coarse, coarse_lse)
         return merged
 
-    def _pooled_plan(self, call: AttentionCall) -> tuple[BlockPlan, BlockLayout]:
-        """Plan all video queries against all pooled keys, a group of n counting as n keys."""
-        tokens, device = call.grid.video_tokens, call.query.device
+    def _pooled_plan(
+        self, tokens: int, device: torch.device, living: Tensor | None = None
+    ) -> tuple[BlockPlan, BlockLayout]:
+        """Plan queries against all pooled keys, a group of n counting as n keys.
+
+        Args:
+            tokens: How many are pooled; as many queries read the pooled keys.
+            device: Of the plan.
+            living: How many of them are not padding, int ``[batch]``; None: all.
+        """
         groups = BlockLayout.from_lengths(cut(tokens, self.pooled), device)
         q = BlockLayout.from_lengths(cut(tokens, self.block_size), device)
         kv = BlockLayout.from_lengths(cut(groups.blocks, self.block_size), device)
-        weight = groups.lengths.float().log()
+        if living is not None:
+            groups = _shortened(groups, living.to(device))
+            kv = _shortened(kv, (groups.lengths > 0).sum((1, 2)))
+        weight = (
+            groups.lengths.clamp(min=1).float().log()
+        )  # a key of an empty group is in no block
         return replace(BlockPlan.full(q, kv), complete=False, kv_log_weight=weight), groups
 
 
@@ -207,6 +239,13 @@ def _order(call: AttentionCall) -> Tensor:
     """Look up (or make, once per geometry) the curve's order of the tokens."""
     grid, device = call.grid, call.query.device
     return call.once(("gilbert", grid, device), lambda: gilbert_order(grid).to(device))
+
+
+def _shortened(layout: BlockLayout, slots: Tensor) -> BlockLayout:
+    """End each sample's blocks after so many slots, int ``[batch]``."""
+    room = slots[:, None, None].to(torch.int32) - layout.starts
+    lengths = torch.minimum(layout.lengths, room.clamp(min=0))
+    return replace(layout, starts=layout.starts.expand_as(lengths).contiguous(), lengths=lengths)
 
 
 def _head_numbers(call: AttentionCall) -> Tensor:

@@ -33,6 +33,8 @@ class PooledOps(NaiveOps):
             return super().attend(query, key, value, plan, scale)
         q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
         scores = q @ k.transpose(-1, -2) * scale + plan.kv_log_weight.double()[:, :, None]
+        kept = token_mask(plan, query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        scores = scores.masked_fill(~kept, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
@@ -213,6 +215,37 @@ def test_with_every_token_drawn_it_keeps_what_the_naive_one_keeps(
         assert torch.equal(mask, wanted)
         right, _ = masked_attention(call.query, call.key, call.value, mask, call.scale)
         torch.testing.assert_close(output, right)
+
+
+@given(runs(num_steps=1), st.integers(1, 6), st.sampled_from([0.3, 1.0]))
+def test_text_is_pooled_and_read_by_all_on_request(calls, n, density):
+    call = calls[0]
+    grid = call.grid
+    method = Blade(density, 1.0, 0.0, 4, pooled=n, pool_text=True, block_size=4)
+    plan, output = run(method, call, PooledOps())
+    batch, tokens, heads, _ = call.query.shape
+    mask = token_mask(plan, batch, heads, tokens, tokens)
+    curve_order = gilbert_order(grid)[0, 0].tolist()
+    video = curve_order[grid.video_start :][: grid.video_tokens]
+    words = list(range(grid.text_start, grid.text_start + grid.text_length))
+    wanted = torch.empty(batch, tokens, heads, 8, dtype=torch.float64)
+    for b in range(batch):
+        words_read = words if call.text_valid is None else words[: int(call.text_valid[b])]
+        line = video + words_read
+        groups = [line[i : i + n] for i in range(0, len(line), n)]
+        for h in range(heads):
+            q, k, v = (x[b, :, h].double() for x in (call.query, call.key, call.value))
+            for t in range(tokens):
+                kept = mask[b, h, t].nonzero().flatten().tolist()
+                scores = [float(q[t] @ k[j]) * call.scale for j in kept]
+                read = [v[j] for j in kept]
+                for group in groups:
+                    mean = sum(k[j] for j in group) / len(group)
+                    scores.append(float(q[t] @ mean) * call.scale + math.log(len(group)))
+                    read.append(sum(v[j] for j in group) / len(group))
+                weight = torch.tensor(scores, dtype=torch.float64).softmax(0)
+                wanted[b, t, h] = sum(w * x for w, x in zip(weight, read, strict=True))
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
 
 
 @given(runs(num_steps=1), st.integers(1, 6), st.sampled_from([0.3, 1.0]))

@@ -78,7 +78,8 @@ PUBLISHED = {
         HUNYUAN_13B, 119_056, 50, 5, (), {"threshold": 0.95, "stride": 8, "block_size": 128},
     ),
     "cogvideox-5b.480p.blade": (
-        COG_5B, 17_776, 8, 0, (), {"density": 0.1, "pooled": 15, "samples": 32},
+        COG_5B, 17_776, 8, 0, (),
+        {"density": 0.1, "pooled": 15, "samples": 32, "pool_text": True},
     ),
     "wan2.1-1.3b.480p.blade": (
         WAN_1B, 32_760, 8, 0, (), {"density": 0.17, "pooled": 30, "samples": 32, "form": "code"},
