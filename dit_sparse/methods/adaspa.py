@@ -43,8 +43,10 @@ class AdaSpa(Method):
     Head levels: a head whose k blocks hold more than ``recall_threshold`` of its mass can do with
     less. The n best of these get k - d, the n worst of all heads get k + d, d = min(k // 2,
     blocks - k), n at most half of the heads: the mean stays k exactly. (The paper's levels of
-    sparsity s, (1 + s) / 2 and (3 s - 1) / 2, wherever those exist.) Recall is divided by the
-    mass really seen, which with an old LSE is not 1 a row; text queries do not count in it.
+    sparsity s, (1 + s) / 2 and (3 s - 1) / 2, wherever those exist.) Text queries do not count in
+    recall. A later search keeps the first one's levels: the paper measures recall anew, but with
+    an old LSE, exp(score - LSE) is no share. Rows whose scores have grown since outweigh all the
+    others, so that recall nears 1 and the heads that changed most look best.
 
     Text queries and text keys are kept whole, on top of the k blocks; padding takes no part.
 
@@ -137,6 +139,7 @@ class AdaSpa(Method):
         base, spread = self.budgets(video)
         batch, heads = lse.shape[:2]
         chunk = max(1, _SCRATCH // (4 * batch * q.blocks * kv.blocks))
+        levels = call.state.get("levels")
         ranked, recalls = [], []
         for start in range(0, heads, chunk):
             part = slice(start, min(start + chunk, heads))
@@ -144,12 +147,15 @@ class AdaSpa(Method):
                 call.query[:, :, part], call.key[:, :, part], lse[:, part], q, kv, call.scale
             )[:, :, first : first + video]  # rows of video: [batch, chunk, video, kv_blocks]
             heaviest = mass[..., first : first + video].topk(base + spread, dim=-1)
-            dropped = mass[..., first : first + video].sum((-1, -2)) - heaviest.values[
-                ..., :base
-            ].sum((-1, -2))
-            recalls.append(1 - dropped / mass.sum((-1, -2)))
+            if levels is None:
+                dropped = mass[..., first : first + video].sum((-1, -2)) - heaviest.values[
+                    ..., :base
+                ].sum((-1, -2))
+                recalls.append(1 - dropped / mass.sum((-1, -2)))
             ranked.append(heaviest.indices.to(_list_dtype(video)))
-        counts = base + spread * self._levels(torch.cat(recalls, 1))  # [batch, heads]
+        if levels is None:
+            levels = self._levels(torch.cat(recalls, 1))  # [batch, heads]
+        counts = base + spread * levels
         lists = torch.cat(ranked, 1)
         rank = torch.arange(base + spread, dtype=torch.int32, device=lists.device)
         # Beyond a head's count stands a number above all blocks, so that sorting puts it last.
@@ -159,9 +165,10 @@ class AdaSpa(Method):
         state = call.state
         state.update(lists=lists, counts=counts, searched=call.step)
         if call.step < max(self.searches(call.num_steps)):
-            state["lse"] = lse
+            state.update(lse=lse, levels=levels)
         else:
             state.pop("lse", None)
+            state.pop("levels", None)
 
     def budgets(self, video_blocks: int) -> tuple[int, int]:
         """Give k, the blocks that a row keeps on average, and d, by which head levels differ."""

@@ -46,15 +46,18 @@ def blocks_of(grid, block_size):
     ]
 
 
-def oracle(method, call, lse):
-    """Kept (query block, key block) pairs of each sample and head, as a list of sets."""
+def oracle(method, call, lse, levels=None):
+    """Kept (query block, key block) pairs of each sample and head, as a list of sets.
+
+    Levels are those of the first search where they are given; they are returned as well.
+    """
     blocks, is_text = blocks_of(call.grid, method.block_size)
     batch, _, heads, _ = call.query.shape
     valid = call.text_valid.tolist() if call.text_valid is not None else None
     video = [i for i, text in enumerate(is_text) if not text]
     base = min(max(math.floor(method.density * len(video) + 0.5), 1), len(video))
     spread = min(base // 2, len(video) - base) if method.recall_threshold < 1 else 0
-    kept = []
+    kept, own = [], []
     for b in range(batch):
         living = [
             [
@@ -85,6 +88,9 @@ def oracle(method, call, lse):
         for h in range(heads):
             place = worst_first.index(h)
             level = (place < able) - (place >= heads - able)
+            if levels is not None:
+                level = levels[b * heads + h]
+            own.append(level)
             kept.append(
                 {
                     (i, j)
@@ -93,7 +99,7 @@ def oracle(method, call, lse):
                     if is_text[i] or is_text[j] or j in order[h][i][: base + spread * level]
                 }
             )
-    return kept
+    return kept, own
 
 
 def pairs(plan, batch, heads):
@@ -127,7 +133,7 @@ def test_a_generation_searches_and_keeps_as_the_naive_one(
         valid = torch.tensor(data.draw(valid_text_lengths(grid.text_length, batch)))
     searches = sorted({math.floor(f * num_steps + 0.5) for f in (0.18, 0.58)})
     searches = [s for s in searches if s < num_steps - 1]
-    ops, state, shared, kept, first_lse = NaiveOps(), {}, {}, None, None
+    ops, state, shared, kept, levels, first_lse = NaiveOps(), {}, {}, None, None, None
     for step in range(num_steps):
         call = make_call(
             grid, seed % 10**6 + step, batch, heads, text_valid=valid, step=step,
@@ -143,7 +149,7 @@ def test_a_generation_searches_and_keeps_as_the_naive_one(
             assert plan.complete
             torch.testing.assert_close(output, dense)
         if step in searches:
-            kept = oracle(method, call, first_lse)
+            kept, levels = oracle(method, call, first_lse, levels)
         if step > searches[0]:
             assert pairs(plan, batch, heads) == kept
             full = plan.density()
@@ -248,7 +254,7 @@ def test_state_is_lists_and_an_lse_that_goes_when_no_search_needs_it():
     assert state["lists"].dtype == torch.int16
     assert state["lists"].shape == (1, 2, 12, 3)  # base 2, spread 1
     _, _, state = walk(method, range(40), 50)
-    assert "lse" not in state
+    assert not {"lse", "levels"} & set(state)
 
 
 @pytest.mark.parametrize("text_first", [False, True])
@@ -301,6 +307,36 @@ def test_recall_is_the_share_of_the_mass_really_seen():
     assert counts[0][0][0] == base + spread
     assert counts[0][0][5] == base - spread
     assert base in counts[0][0]
+
+
+def true_recall(call, block_size, count):
+    """Share of the softmax mass that each head's ``count`` heaviest blocks of a row hold."""
+    q, k = (x.transpose(1, 2).double() for x in (call.query, call.key))
+    weight = (q @ k.transpose(-1, -2) * call.scale).softmax(-1)
+    blocks = call.grid.tokens // block_size
+    mass = weight.unflatten(2, (blocks, -1)).unflatten(4, (blocks, -1)).sum((3, 5))
+    return mass.topk(count, dim=-1).values.sum((-1, -2)) / call.grid.tokens
+
+
+def test_later_searches_keep_the_first_levels():
+    # Heads from flat to sharp. Later the flattest head's rows look elsewhere, some of them harder:
+    # by the old LSE those rows hold nearly all mass, and the worst head would look best.
+    grid, state, ops = LatentsGrid(4, 4, 4), {}, NaiveOps()
+    method = AdaSpa(0.25, search_steps=(0.2, 0.5), recall_threshold=0.3, block_size=4)
+    counts = []
+    for step in (2, 5):
+        call = make_call(grid, step, 1, 4, step=step, num_steps=10, state=state)
+        call.query *= torch.tensor([0.1, 1.5, 3, 6])[:, None]
+        if step == 5:
+            call.query[:, ::16, 0] *= 200
+        assert true_recall(call, 4, 4)[0].argmin() == 0
+        run(method, call, ops)
+        counts.append(state["counts"].tolist()[0])
+    assert ops.searches == 2
+    base, spread = method.budgets(16)
+    assert counts[0] == counts[1]
+    assert counts[1][0] == base + spread
+    assert counts[1][3] == base - spread
 
 
 def test_nan_in_the_queries_does_not_crash():
