@@ -44,6 +44,11 @@ class GNA(Method):
     there by a bit tile, so the kept pairs are the rule's own. Fewest blocks are cut where the
     stride is the tile, the window an odd number of tiles and the grid a whole number.
 
+    With the tile as stride it is sliding tile attention (STA, arXiv:2502.04507) where the window
+    is an odd number of tiles on each axis, or the whole axis. With an even number it is not: the
+    window is centred on the middle of the query's tile and so begins half a tile off, in the
+    middle of a tile, where STA keeps whole tiles, one more before than after. Density is the same.
+
     Where the grid is small, an image being one frame: dilation is cut to the axis's length, then
     the window to (length // dilation), the stride to the window. A window as large as the grid is
     dense attention. On an axis shorter than the tile, the tile is as long as the axis, and its

@@ -51,6 +51,12 @@ class Radial(Method):
     and nothing could be dropped; a tile pair is kept where the rule keeps any token pair in it.
     The released code has no images: for them its two block-sized constants are a tile's width.
 
+    Frames shorter than 128 tokens, as in small models, are not what the released code is for: it
+    keeps a pair of a frame and a block only by more than a third of 128 rows, so that a frame of
+    42 tokens or fewer keeps nothing but the sink and text. Here such a frame is judged by its own
+    rows, and keeps more. With blocks of 128 the released windows are whole frames then, and frames
+    are thinned out from distance 2 on.
+
     Args:
         form: "paper": a block pair is kept where the token rule keeps any pair in it, so nothing
             that the rule keeps is lost. The rule's cost grows as n log n; blocks add about

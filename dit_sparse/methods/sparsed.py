@@ -21,7 +21,6 @@ from dit_sparse.methods.lists import (
     remember,
     video_blocks,
 )
-from dit_sparse.methods.steps import step_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +35,8 @@ _SLACK = 1e-9
 class SparseD(Method):
     """Keep, in every row of blocks, the key blocks that held most mass on one early step.
 
-    Steps before ``search_step`` are dense. On it the call is dense too, and its LSE gives the
+    The search is on step int(search_step * steps) + 1, counted from 0, as in the released code:
+    steps before it are dense. On it the call is dense too, and its LSE gives the
     exact mass of each block, sum exp(score - LSE) (SparseD averages it over the block, which
     ranks whole blocks alike); each video row keeps int(density * blocks) + 1 blocks, as the
     released code does. These are used on all later steps. Text queries and text keys, SparseD's
@@ -50,8 +50,9 @@ class SparseD(Method):
     Args:
         density: Share of video key blocks that a row keeps, in (0, 1]; SparseD has 0.3 for long
             sequences. Higher is closer to dense and slower.
-        search_step: When to search, as a fraction of the run in [0, 1), rounded half up; SparseD
-            has 0.2. Earlier saves more and costs fidelity.
+        search_step: When to search, as a fraction of the run in [0, 1); SparseD has 0.2, which of
+            50 steps searches on step 11 and is sparse from step 12, counted from 0. 0 searches on
+            the first step. Earlier saves more and costs fidelity.
         block_size: Tokens in a block, 1 to 1024; SparseD has 128 for long sequences, 32 for
             short ones.
     """
@@ -84,10 +85,14 @@ class SparseD(Method):
         if state.get("for") == identity(call) and call.step >= state["made"]:
             return listed_plan(call, self.block_size, state["lists"], state["counts"])
         state.clear()
-        if not step_at(self.search_step, call.num_steps) <= call.step < call.num_steps - 1:
+        if not self.search(call.num_steps) <= call.step < call.num_steps - 1:
             return None
         q, kv = call.layout(self.block_size), call.key_layout(self.block_size)
         return BlockPlan.full(q, kv, measured=True)
+
+    def search(self, num_steps: int) -> int:
+        """Give the step of a run on which this method searches, unless it is attached later."""
+        return int(self.search_step * num_steps + _SLACK) + 1 if self.search_step else 0
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
         """Search after the search step's dense attention; returns ``output`` as it is."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from dit_sparse.core.call import Method
 from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
@@ -41,6 +43,9 @@ class XAttention(Method):
     first while the mass before them is below threshold * mass of the row's video blocks. With
     stride 1 the mass is exact.
 
+    The released code, in its form for video, also keeps the first key block in every row, whatever
+    it holds: it comes on top of the blocks that reach the threshold. ``sink`` does so.
+
     Unlike the released code: text queries and text keys are kept whole, on top, so that at least
     the threshold's share of the row's whole estimated mass is kept; padding takes no part; any
     batch and block size. Samples, heads and CFG branches choose apart.
@@ -52,6 +57,7 @@ class XAttention(Method):
             coarser.
         floor: Share of video key blocks that a row keeps at least, in [0, 1]; one block is
             always kept.
+        sink: Keep the first video key block in every row, on top, as the released code does.
         refresh: Steps for which a choice lives, >= 1; the paper chooses on every step. Higher is
             cheaper and staler, and keeps the lists in memory.
         block_size: Tokens in a block, 1 to 1024; the paper has 128.
@@ -69,6 +75,7 @@ class XAttention(Method):
     threshold: float = 0.9
     stride: int = 8
     floor: float = 0.0
+    sink: bool = False
     refresh: int = 1
     block_size: int = 128
 
@@ -104,6 +111,17 @@ class XAttention(Method):
         def choose(heads: slice) -> tuple[Tensor, Tensor, Tensor]:
             query, key = call.query[:, :, heads], call.key[:, :, heads]
             mass = ops.antidiagonal(query, key, q, kv, stride, call.scale)[:, :, video, video]
-            return ops.select_top_p(mass, self.threshold, share_of(self.floor, mass.shape[-1]))
+            floor = share_of(self.floor, mass.shape[-1])
+            kept = ops.select_top_p(mass, self.threshold, floor)
+            return _with_first(*kept) if self.sink else kept
 
         return reused_plan(call, self.block_size, self.refresh, choose)
+
+
+def _with_first(mask: Tensor, lists: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add block 0 to every row that lacks it; the lists stay ascending."""
+    missing = ~mask[..., :1]
+    room = torch.nn.functional.pad
+    lists = torch.where(missing, room(lists, (1, 0)), room(lists, (0, 1)))[..., : mask.shape[-1]]
+    mask = torch.cat([torch.ones_like(missing), mask[..., 1:]], -1)
+    return mask, lists, counts + missing[..., 0].to(counts.dtype)

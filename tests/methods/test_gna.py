@@ -209,6 +209,20 @@ def test_stride_equal_to_the_tile_is_sliding_tile_attention(size):
     assert not wanted.all()
 
 
+@pytest.mark.parametrize(("tiles", "side", "reach"), [(6, 4, 4), (6, 4, 2), (5, 3, 2), (7, 6, 4)])
+def test_an_even_number_of_tiles_is_not_sliding_tile_attention(tiles, side, reach):
+    # STA keeps whole tiles, reach // 2 of them before the query's; GNA begins half a tile off.
+    extent = tiles * side
+    first, last = AxisRule(extent, reach * side, side, 1).windows()
+    middle = range(reach // 2, tiles - reach // 2)
+    sliding = [(tile - reach // 2) * side for tile in middle]
+    ours = [int(first[tile * side]) for tile in middle]
+    assert ours == [start + side // 2 for start in sliding]
+    assert bool((last - first + 1 == reach * side).all())
+    method = GNA((1, 1, reach * side), (1, 1, side), tile=(1, 1, side))
+    assert method.plan(make_call(LatentsGrid(1, 1, extent)), None).partial is not None
+
+
 def test_stride_equal_to_the_window_is_blocked_attention():
     plan = GNA((2, 3, 4), (2, 3, 4), tile=(2, 3, 4)).plan(make_call(LatentsGrid(4, 6, 8)), None)
     assert plan.partial is None

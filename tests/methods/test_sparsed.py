@@ -44,7 +44,7 @@ def test_a_run_searches_once_and_keeps_what_the_naive_one_keeps(
     calls, block_size, density, fraction, warmup
 ):
     method, ops = SparseD(density, fraction, block_size), NaiveOps()
-    at = max(math.floor(fraction * 5 + 0.5), warmup)
+    at = max(math.floor(fraction * 5 + 1e-9) + 1 if fraction else 0, warmup)
     wanted = None
     for call in calls[warmup:]:
         plan, output = run(method, call, ops)
@@ -61,6 +61,16 @@ def test_a_run_searches_once_and_keeps_what_the_naive_one_keeps(
         right, _ = masked_attention(call.query, call.key, call.value, mask, call.scale)
         torch.testing.assert_close(output, right)
     assert ops.searches == (at < 4)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_steps", "step"),
+    # The released code is dense up to int(skip * steps) + 1, which it builds its mask on.
+    [(0.2, 50, 11), (0.2, 1024, 205), (0.2, 128, 26), (0.2, 8, 2), (0.2, 4, 1), (0.29, 100, 30),
+     (0.0, 50, 0)],
+)  # fmt: skip
+def test_the_search_is_on_the_released_codes_step(fraction, num_steps, step):
+    assert SparseD(search_step=fraction).search(num_steps) == step
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,18 @@ def test_widths_are_the_published_ones(grid, density, published, down):
     assert band_width(LatentsGrid(1, 2, 2, 500), 0.1) == 1
 
 
+@pytest.mark.parametrize("text", [0, 226, 256, 512])
+@pytest.mark.parametrize("density", [0.2, 0.25, 0.3, 0.5])
+def test_the_window_beside_the_released_codes(text, density):
+    grid = LatentsGrid(33, 45, 80, text)
+    size, released = grid.tokens, grid.tokens * (1 - (1 - density + 2 * text / grid.tokens) ** 0.5)
+    wider = text * ((1 - density) ** -0.5 - 1)  # to first order in text
+    assert abs(band_width(grid, density) - released - wider) <= 1 + 2 * text**2 / size
+    if (text, density) == (256, 0.25):  # HunyuanVideo at 720p
+        assert band_width(grid, density) == 15_694
+        assert int(released) // 128 * 128 == 15_616  # what its script runs
+
+
 @pytest.mark.parametrize(("sink", "published"), [(False, 0.302), (True, 0.340)])
 def test_wan_720p_has_the_published_density_and_little_memory(sink, published):
     grid = LatentsGrid(21, 45, 80)

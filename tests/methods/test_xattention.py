@@ -52,9 +52,13 @@ def folded_mass(call, blocks, text, stride, b, h):
 def kept_by(method, call, mass):
     blocks, _ = blocks_of(call.grid, method.block_size)
     floor = min(max(math.floor(method.floor * len(blocks) + 0.5), 1), len(blocks))
+    first = {0} if method.sink else set()
     batch, _, heads, _ = call.query.shape
     kept = [
-        [[heaviest(row, method.threshold, floor) for row in mass(b, h)] for h in range(heads)]
+        [
+            [heaviest(row, method.threshold, floor) | first for row in mass(b, h)]
+            for h in range(heads)
+        ]
         for b in range(batch)
     ]
     return tokens_kept(call, blocks, kept)
@@ -73,9 +77,9 @@ thresholds = st.sampled_from([0.01, 0.37, 0.6, 0.9, 1.0])
 floors = st.sampled_from([0.0, 0.4, 1.0])
 
 
-@given(runs(num_steps=3), block_sizes, thresholds, floors, st.integers(1, 3))
-def test_stride_one_is_exact_mass(calls, block_size, threshold, floor, refresh):
-    method = XAttention(threshold, 1, floor, refresh, block_size)
+@given(runs(num_steps=3), block_sizes, thresholds, floors, st.booleans(), st.integers(1, 3))
+def test_stride_one_is_exact_mass(calls, block_size, threshold, floor, sink, refresh):
+    method = XAttention(threshold, 1, floor, sink, refresh, block_size)
     blocks, _ = blocks_of(calls[0].grid, block_size)
     wanted = None
     for call in calls:
