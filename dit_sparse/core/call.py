@@ -230,7 +230,7 @@ class Method(Traits, Protocol):
 
     @property
     def inner(self) -> Method | None:
-        """The static method whose plan this one computes between its dense refreshes."""
+        """The method whose plan this one computes between its dense refreshes."""
         return None
 
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Method:  # noqa: ARG002

@@ -31,6 +31,7 @@ METHODS: dict[str, str] = {
     "sparsed": "dit_sparse.methods.sparsed:SparseD",
     "svg": "dit_sparse.methods.svg:SVG",
     "svg2": "dit_sparse.methods.svg2:SVG2",
+    "window": "dit_sparse.methods.window:Window",
     "xattention": "dit_sparse.methods.xattention:XAttention",
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Re-ttention: a static mask, rescaled to its share of the full softmax, plus what it dropped.
+"""Re-ttention: a frozen mask, rescaled to its share of the full softmax, plus what it dropped.
 
 Source: Chen et al. 2025, "Re-ttention: Ultra Sparse Visual Generation via Attention Statistical
 Reshape", arXiv:2505.22918, written with log-sum-exps so that no score matrix is ever made.
@@ -15,7 +15,7 @@ import torch
 from dit_sparse.core.call import Method
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
-from dit_sparse.methods import METHODS, method_class
+from dit_sparse.methods import METHODS
 from dit_sparse.methods.lists import MAX_COUNT, check_count, check_share, identity
 from dit_sparse.methods.params import build_method, params_of
 from dit_sparse.methods.radial import Radial
@@ -43,7 +43,7 @@ class MaskParams(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Rettention(Method):
-    """Attend by a static mask and add what the dropped keys gave when dense was last computed.
+    """Attend by a frozen mask and add what the dropped keys gave when dense was last computed.
 
     On a refresh step dense attention gives O_f and LSE_f, and the masked one O_s and LSE_s. Kept
     are rho = exp(LSE_s - LSE_f), the mask's share of the softmax, and R = O_f - rho * O_s, what
@@ -54,14 +54,22 @@ class Rettention(Method):
     The first sparse call of a run refreshes; dense steps before it are the schedule's (the paper
     has 5 of 20 for PixArt, 15 of 50 for CogVideoX). On the last step, where nothing could use a
     refresh, the call is plainly dense. Text is exact by the mask, so only video rows are changed
-    and remembered. Unlike the released code the ratio is clamped, steps come from the pipeline,
-    and any static mask can be used; its own was a one-dimensional window of 1/32 of the keys.
+    and remembered. Unlike the released code the ratio is clamped, and steps come from the
+    pipeline. The published mask is ``window`` with its defaults: 1/32 of a frame's keys in raster
+    order.
+
+    Any method that chooses blocks can be the mask. A dynamic one chooses on refresh steps, by
+    their queries and keys, and its plan is kept until the next refresh, as the ratio and the
+    residual hold for that plan only; it has a memory of its own (centroids, an older choice), and
+    a ``refresh`` of its own counts steps too. Refused are methods that search by dense calls of
+    their own, and methods that compensate for what they drop: the residual does so.
 
     Memory: one [batch, video tokens, heads, head_dim] residual for each layer and branch, 31 GB
-    for Wan 14B at 720p in bf16: give the rule a subset of layers, or offload.
+    for Wan 14B at 720p in bf16: give the rule a subset of layers, or offload. A dynamic mask's
+    plan comes on top.
 
     Args:
-        mask: Name of the static method that chooses the blocks.
+        mask: Name of the method that chooses the blocks.
         mask_params: Its params; those not given keep their defaults.
         refresh: Steps from one refresh to the next, >= 2; the paper has 5. Higher is faster and
             staler.
@@ -74,7 +82,7 @@ class Rettention(Method):
     """
 
     summary: ClassVar[str] = (
-        "compensation: a static mask rescaled, plus the dropped keys' part as last seen "
+        "compensation: a frozen mask rescaled, plus the dropped keys' part as last seen "
         "(Re-ttention, 2505.22918)"
     )
     everything: ClassVar[Params] = {"mask_params": {"decay_factor": 1e9}}
@@ -92,16 +100,16 @@ class Rettention(Method):
 
     def __post_init__(self) -> None:
         """Check ranges, and the mask's params by the mask itself."""
-        if self.mask not in METHODS or not method_class(self.mask).static:
-            known = ", ".join(name for name in sorted(METHODS) if method_class(name).static)
+        if self.mask not in METHODS:
             raise StrategyError(
-                f"mask must name a static method ({known}), got {self.mask!r}; a mask that "
-                "changes between refreshes would not fit the residual"
+                f"mask must name a method that chooses blocks, got {self.mask!r}; try 'window'"
             )
         try:
-            build_method(self.mask, self.mask_params)
+            inner = build_method(self.mask, self.mask_params)
         except StrategyError as error:
             raise StrategyError(f"mask_params: {error}") from error
+        if reason := _unfit(inner):
+            raise StrategyError(f"mask: {self.mask!r} cannot be Re-ttention's mask: {reason}")
         object.__setattr__(self, "mask_params", MaskParams(self.mask_params))
         check_count("refresh", self.refresh, (2, MAX_COUNT), 5)
         check_share("ramp", self.ramp, zero=True, hint=0.04)
@@ -148,6 +156,11 @@ class Rettention(Method):
         changed = {key: value for key, value in after.items() if value != before[key]}
         return replace(self, mask_params={**self.mask_params, **changed})
 
+    @property
+    def heads_tied(self) -> str:
+        """Why the mask of a head depends on other heads."""
+        return self.inner.heads_tied
+
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
         """Warn that the mask may keep another share."""
         return ("its mask may keep another share",)
@@ -157,19 +170,25 @@ class Rettention(Method):
         state = call.state
         age = call.step - state["refreshed"] if state.get("for") == identity(call) else 0
         if 0 < age < self.refresh:
-            return self._mask(call).plan(call, ops)
+            return self._mask_plan(call, ops)
+        of_mask = state.get("of mask")
         state.clear()
         if call.step >= call.num_steps - 1:
             return None
+        if of_mask is not None:
+            state["of mask"] = of_mask
         return BlockPlan.full(call.layout(_FULL_BLOCKS), call.key_layout(_FULL_BLOCKS))
 
     def attend(self, call: AttentionCall, plan: BlockPlan, ops: Ops) -> tuple[Tensor, Tensor]:
         """Compute a refresh in two parts, kept and dropped keys, and remember both."""
-        mask = self._mask(call).plan(call, ops) if plan.complete else None
+        mask = self._mask_plan(call, ops) if plan.complete else None
         if mask is None or mask.complete:
             return ops.attend(call.query, call.key, call.value, plan, call.scale)
-        place = (self, "dropped", call.grid, call.query.device, mask.batch)
-        rest = call.once(place, mask.complement).with_keys(mask.kv)
+        if self._mask(call).static:
+            place = (self, "dropped", call.grid, call.query.device, mask.batch)
+            rest = call.once(place, mask.complement).with_keys(mask.kv)
+        else:
+            rest = mask.complement()
         qkv = (call.query, call.key, call.value)
         output, kept_lse = ops.attend(*qkv, mask, call.scale)
         dropped, dropped_lse = ops.attend(*qkv, rest, call.scale)
@@ -205,9 +224,20 @@ class Rettention(Method):
     def _mask(self, call: AttentionCall) -> Method:
         return call.once((self, "mask"), lambda: self.inner)
 
+    def _mask_plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
+        """Look up the mask's plan; a dynamic mask chooses once for each refresh."""
+        mask, state = self._mask(call), call.state
+        if mask.static:
+            return mask.plan(call, ops)
+        if "mask" not in state:  # a refresh is due: ``plan`` has dropped the last one
+            own = replace(call, state=state.setdefault("of mask", {}))
+            state["mask"] = mask.plan(own, ops)
+        found: BlockPlan | None = state["mask"]
+        return found
+
     def _remember(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> None:
         """Run the mask beside a dense result that is known, and keep ratio and residual."""
-        plan = self._mask(call).plan(call, ops)
+        plan = self._mask_plan(call, ops)
         if plan is None:  # the mask is dense here
             return
         kept, kept_lse = ops.attend(call.query, call.key, call.value, plan, call.scale)
@@ -231,6 +261,19 @@ class Rettention(Method):
             ratio = ratio.clamp(max=1)  # above it only by rounding
         call.state.update(ratio=ratio, residual=residual, refreshed=call.step)
         call.state["for"] = identity(call)
+
+
+def _unfit(mask: Method) -> str:
+    """Say why a method cannot be frozen as a mask; empty where it can."""
+    if mask.keeps_all:
+        return "it keeps everything"
+    if mask.at_start:
+        return "it searches by dense calls of its own; try 'pooled' or 'xattention'"
+    if mask.period is not None:
+        return "it refreshes and compensates by itself"
+    if mask.extra_density or getattr(mask, "compensate", "none") != "none":
+        return "it compensates by itself for what it drops, and so does the residual"
+    return ""
 
 
 def _video(call: AttentionCall) -> slice:

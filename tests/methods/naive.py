@@ -12,9 +12,9 @@ from tests.strategies import attention_inputs
 
 
 def token_mask(plan, batch: int, heads: int, queries: int, keys: int) -> torch.Tensor:
-    """Read a plan of whole blocks into bool ``[batch, heads, queries, keys]`` over tokens."""
-    assert plan.partial is None
+    """Read a plan into bool ``[batch, heads, queries, keys]`` over tokens, bit by bit."""
     mask = torch.zeros(batch, heads, queries, keys, dtype=torch.bool)
+    words = [] if plan.tiles is None else plan.tiles.tolist()
 
     def pick(tensor, i_batch, i_head):
         return tensor[min(i_batch, tensor.shape[0] - 1), min(i_head, tensor.shape[1] - 1)].tolist()
@@ -32,13 +32,18 @@ def token_mask(plan, batch: int, heads: int, queries: int, keys: int) -> torch.T
                 for side in (plan.q, plan.kv)
             )
             lists, counts = pick(plan.kv_indices, b, h), pick(plan.kv_num_blocks, b, h)
-            for (start, length), kept, count in zip(q_blocks, lists, counts, strict=True):
-                tokens = [
-                    kv_order[slot]
-                    for block in kept[:count]
-                    for slot in range(kv_blocks[block][0], sum(kv_blocks[block]))
-                ]
+            tiles = [[-1] * len(row) for row in lists]
+            if plan.partial is not None:
+                tiles = pick(plan.partial, b, h)
+            rows = zip(q_blocks, lists, tiles, counts, strict=True)
+            for (start, length), kept, cut, count in rows:
                 for slot in range(start, start + length):
+                    tokens = [
+                        kv_order[kv_blocks[block][0] + i]
+                        for block, tile in zip(kept[:count], cut, strict=False)
+                        for i in range(kv_blocks[block][1])
+                        if tile < 0 or words[tile][slot - start][i // 32] >> i % 32 & 1
+                    ]
                     mask[b, h, q_order[slot], tokens] = True
     return mask
 

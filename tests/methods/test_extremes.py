@@ -48,13 +48,13 @@ def of_type(hint):
     if hint is float:
         return REAL
     if hint is str or typing.get_origin(hint) is typing.Literal:
-        return st.sampled_from(args or ("radial", "gna"))
+        return st.sampled_from(args or ("radial", "gna", "pooled", "window"))
     if typing.get_origin(hint) is tuple:
         if args[-1] is Ellipsis:
             return st.lists(of_type(args[0]), max_size=3)
         return st.tuples(*map(of_type, args)).map(list)
     if typing.get_origin(hint) is dict:  # the params of another method
-        return st.one_of(params_for("radial"), params_for("gna"))
+        return st.one_of(*map(params_for, ("radial", "gna", "pooled", "window")))
     return st.one_of(*map(of_type, args))  # a union
 
 

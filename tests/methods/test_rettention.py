@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,15 @@ from tests.methods.chosen import runs, valid_keys
 from tests.methods.naive import NaiveOps, make_call, run, token_mask
 
 NARROW = {"decay_factor": 0.2, "block_size": 3, "sink": False}
+MASKS = {
+    "radial": NARROW,
+    "window": {"share": 0.3, "block_size": 3},
+    "pooled": {"density": 0.4, "block_size": 3},
+    "xattention": {"threshold": 0.5, "stride": 2, "block_size": 4},
+    "blade": {"density": 0.4, "samples": 2, "block_size": 4},
+    "svg": {"density": 0.3, "rows": 4, "sink": False, "block_size": 3},
+    "svg2": {"top_p": 0.4, "first_iterations": 3, "block_size": 8},
+}
 
 
 def weights(call):
@@ -29,24 +40,28 @@ def weights(call):
     return found
 
 
-def masked(call):
+def masked(call, mask, params, state):
     """Which pairs the mask keeps, asked of the mask itself (its own tests say what is right)."""
     batch, tokens, heads, _ = call.query.shape
-    plan = build_method("radial", NARROW).plan(call, NaiveOps())
+    call = dataclasses.replace(call, state=state, shared={})
+    plan = build_method(mask, params).plan(call, NaiveOps())
     return token_mask(plan, batch, heads, tokens, tokens)
 
 
 @given(
     runs(num_steps=8), st.integers(2, 5), st.sampled_from([0.0, 0.04, 0.5]), st.booleans(),
-    st.integers(0, 3),
+    st.integers(0, 3), st.sampled_from(sorted(MASKS)),
 )  # fmt: skip
-def test_a_run_is_what_the_formula_says(calls, refresh, ramp, clamp, warmup):
-    method = Rettention("radial", NARROW, refresh, ramp, clamp)
-    first = ratio = dropped = None
+def test_a_run_is_what_the_formula_says(calls, refresh, ramp, clamp, warmup, name):
+    method = Rettention(name, MASKS[name], refresh, ramp, clamp)
+    first = ratio = dropped = mask = None
+    state = {}  # of a mask that runs beside the method's own
     for call in calls[warmup:]:
         plan, output = run(method, call, NaiveOps())
         value = call.value.double().transpose(1, 2)
-        weight, mask = weights(call), masked(call)
+        weight = weights(call)
+        if (call.step - warmup) % refresh == 0:
+            mask = masked(call, name, MASKS[name], state)
         kept = weight * mask
         if (call.step - warmup) % refresh == 0:
             if call.step == len(calls) - 1:
@@ -117,6 +132,46 @@ def test_the_residual_is_as_large_as_said(kept_in, offload, size):
     assert state["ratio"].untyped_storage().nbytes() == grid.video_tokens * 2 * 8
 
 
+class Scored(NaiveOps):
+    """Ops that count how often pooled scores are asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.scored = 0
+
+    def pooled_scores(self, *args):
+        self.scored += 1
+        return NaiveOps.pooled_scores(*args)
+
+
+@pytest.mark.parametrize(("own_refresh", "choices"), [(1, 3), (4, 2)])
+def test_a_dynamic_mask_is_asked_on_refreshes_and_keeps_its_own_memory(own_refresh, choices):
+    params = {"density": 0.4, "block_size": 4, "refresh": own_refresh}
+    method, state, ops = Rettention("pooled", params, 3), {}, Scored()
+    plans = []
+    for step in range(9):
+        call = make_call(LatentsGrid(4, 3, 4), step, step=step, num_steps=10, state=state)
+        plans.append(run(method, call, ops)[0])
+        assert plans[-1].complete == (step % 3 == 0)
+    assert plans[1] is plans[2]
+    assert plans[4] is plans[5]
+    # Refreshes on steps 0, 3 and 6: what is 3 steps old is still good to a refresh of 4.
+    assert ops.scored == choices
+    same = torch.equal(plans[1].block_mask(), plans[4].block_mask())
+    assert same == (own_refresh == 4)
+    assert not torch.equal(plans[1].block_mask(), plans[7].block_mask())
+
+
+def test_a_dynamic_mask_that_keeps_all_stays_dense():
+    method, state = Rettention("pooled", {"density": 1.0, "block_size": 4}, 3), {}
+    for step in range(5):
+        call = make_call(LatentsGrid(4, 3, 4), step, step=step, num_steps=10, state=state)
+        _, output = run(method, call, NaiveOps())
+        weight = weights(call)
+        wanted = weight / weight.sum(-1, keepdim=True) @ call.value.double().transpose(1, 2)
+        torch.testing.assert_close(output, wanted.transpose(1, 2))
+
+
 def test_another_shape_refreshes():
     method, state = Rettention(mask_params=NARROW), {}
     for step, batch in ((0, 1), (1, 2), (2, 2)):
@@ -136,8 +191,19 @@ def test_nested_params_travel_and_are_hashable():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"mask": "adaspa"}, r"mask must name a static method \(.*radial.*\), got 'adaspa'"),
-        ({"mask": "x"}, "mask must name a static method"),
+        ({"mask": "adaspa"}, "mask: 'adaspa' cannot be .*: it searches by dense calls of its own"),
+        ({"mask": "sparsed"}, "mask: 'sparsed' cannot be .*: it searches by dense calls"),
+        ({"mask": "dense"}, "mask: 'dense' cannot be .*: it keeps everything"),
+        ({"mask": "rettention"}, "mask: 'rettention' cannot be .*: it refreshes"),
+        (
+            {"mask": "blade", "mask_params": {"pooled": 6}},
+            "mask: 'blade' cannot be .*: it compensates by itself",
+        ),
+        (
+            {"mask": "svg2", "mask_params": {"compensate": "cluster_mean"}},
+            "mask: 'svg2' cannot be .*: it compensates by itself",
+        ),
+        ({"mask": "x"}, "mask must name a method that chooses blocks, got 'x'; try 'window'"),
         ({"mask_params": {"decay": 1}}, "mask_params: unknown key 'decay'.*; radial takes: form"),
         ({"mask_params": {"decay_factor": 0}}, "mask_params: decay_factor must be .* above 0"),
         ({"mask_params": 3}, "mask_params: .*dict.*got 3|mask_params: .*object.*got 3"),

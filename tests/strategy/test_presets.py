@@ -59,13 +59,13 @@ PUBLISHED = {
     "wan2.2-a14b.768p.radial": (
         WAN_14B, 20 * 3840, 40, 11, (0,), {"decay_factor": 0.8, "block_size": 64, "sink": True},
     ),
-    "wan2.1-14b.768p-161f.radial": (WAN_14B, 41 * 3840, 50, 2, (0, 1), {"decay_factor": 1.0}),
+    "wan2.1-14b.720p-161f.radial": (WAN_14B, 41 * 3600, 50, 2, (0, 1), {"decay_factor": 1.0}),
     "hunyuan-video.768p.radial": (
         HUNYUAN_13B, 30 * 3840 + 256, 50, 12, (),
         {"form": "released", "decay_factor": 0.95, "block_size": 128, "sink": False},
     ),
-    "hunyuan-video.768p-509f.radial": (
-        HUNYUAN_13B, 128 * 3840 + 256, 50, 2, (0, 1), {"decay_factor": 1.0, "sink": False},
+    "hunyuan-video.720p-509f.radial": (
+        HUNYUAN_13B, 128 * 3600 + 256, 50, 2, (0, 1), {"decay_factor": 1.0, "sink": False},
     ),
     # The method itself is dense before its first search: steps 0 to 9, counted from 0.
     "hunyuan-video.720p.adaspa": (
@@ -75,7 +75,11 @@ PUBLISHED = {
         COG_5B, 21 * 4080 + 226, 50, 0, (), {"density": 0.2, "recall_threshold": 0.8},
     ),
     "hunyuan-video.720p.xattention": (
-        HUNYUAN_13B, 119_056, 50, 5, (), {"threshold": 0.95, "stride": 8, "block_size": 128},
+        HUNYUAN_13B, 119_056, 50, 5, (),
+        {"threshold": 0.95, "stride": 8, "sink": True, "block_size": 128},
+    ),
+    "hunyuan-video.720p.xattention-sparser": (
+        HUNYUAN_13B, 119_056, 50, 5, (), {"threshold": 0.9, "stride": 8, "sink": True},
     ),
     "cogvideox-5b.480p.blade": (
         COG_5B, 17_776, 8, 0, (),
@@ -93,9 +97,13 @@ PUBLISHED = {
         {"window": [1, 80, 80], "stride": [1, 16, 16], "dilation": [1, 1, 1]},
     ),
     "cogvideox-2b.480p.rettention": (
-        COG_2B, 17_776, 50, 15, (), {"refresh": 5, "ramp": 0.04, "mask": "gna"},
+        COG_2B, 17_776, 50, 15, (),
+        {"refresh": 5, "ramp": 0.04, "mask": "window",
+         "mask_params": {"share": 1 / 32, "exact": True, "block_size": 128}},
     ),
-    "pixart-xl.1024.rettention": ((PIXART, 28, 16), 4096, 20, 5, (), {"refresh": 5, "ramp": 0.04}),
+    "pixart-xl.1024.rettention": (
+        (PIXART, 28, 16), 4096, 20, 5, (), {"refresh": 5, "ramp": 0.04, "mask": "window"},
+    ),
     "cogvideox.480p.pooled": (COG_2B, 17_776, 50, 0, (), {"select": "top_k", "density": 0.5}),
 }  # fmt: skip
 
@@ -108,11 +116,15 @@ DENSITIES = {
     "wan2.1-14b.768p.radial": 0.287,
     "wan2.2-a14b.768p.radial": 0.349,
     "hunyuan-video.768p.radial": 0.275 + 2 * 256 / 115_456,
+    "hunyuan-video.720p-509f.radial": 0.109 + 2 * 256 / 461_056,
+    "cogvideox-2b.480p.rettention": 0.056,  # the whole mask, text in it
+    "pixart-xl.1024.rettention": 0.0312,
 }
-SLOW = {  # seconds each: scores of 119k tokens, clusters of 76k and more, 3,842 blocks
+SLOW = {  # seconds each: scores of 119k tokens, clusters of 76k and more, 3,602 blocks
     "hunyuan-video.720p.xattention",
+    "hunyuan-video.720p.xattention-sparser",
     "hunyuan-video.720p.svg2",
-    "hunyuan-video.768p-509f.radial",
+    "hunyuan-video.720p-509f.radial",
     "wan2.1-14b.720p.svg2",
     "wan2.1-14b-i2v.720p.svg2",
 }
