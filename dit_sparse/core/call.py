@@ -155,6 +155,7 @@ class Ops(Protocol):
         *,
         init: Tensor | None = None,
         seed: int = 0,
+        heads: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cluster the tokens of each (sample, head): centroids, labels, counts."""
 

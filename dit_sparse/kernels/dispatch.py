@@ -185,10 +185,11 @@ class Backends(Planning):
         *,
         init: Tensor | None = None,
         seed: int = 0,
+        heads: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cluster tokens as ``kernels.kmeans.kmeans`` says; by Triton where Triton attends."""
         lloyd = self._lloyd(points)
-        return kmeans(points, clusters, iterations, init=init, seed=seed, lloyd=lloyd)
+        return kmeans(points, clusters, iterations, init=init, seed=seed, heads=heads, lloyd=lloyd)
 
     def _lloyd(self, points: Tensor) -> Any:
         """Choose what runs k-means' iterations; None: torch."""

@@ -40,6 +40,7 @@ def kmeans(
     *,
     init: Tensor | None = None,
     seed: int = 0,
+    heads: Tensor | None = None,
     lloyd: Lloyd | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster the tokens of each (sample, head); more iterations fit better and cost as much each.
@@ -55,6 +56,7 @@ def kmeans(
             tokens drawn without replacement, the same for the same seed on any device, and the
             same places in every sample: who else is in the batch changes nothing.
         seed: For the draw.
+        heads: Number of each head, which its draw goes by, int64 ``[heads]``; None: 0, 1, ...
         lloyd: Runs the iterations from ``(points, init, iterations)`` in another way; None: torch.
 
     Returns:
@@ -62,12 +64,12 @@ def kmeans(
         seq_len]`` of the last assignment, whose means the centroids are, and how many tokens
         each has, int32 ``[batch, heads, clusters]``.
     """
-    batch, tokens, heads, dim = points.shape
+    batch, tokens, count, dim = points.shape
     if clusters < 1 or iterations < 1:
         raise KernelError(
             f"k-means needs clusters >= 1 and iterations >= 1, got {clusters} and {iterations}"
         )
-    wanted = (batch, heads, clusters, dim)
+    wanted = (batch, count, clusters, dim)
     if init is not None and tuple(init.shape) != wanted:
         raise KernelError(
             f"init must be [batch, heads, clusters, head_dim] = {wanted}, got "
@@ -75,14 +77,14 @@ def kmeans(
         )
     work = work_dtype(points.dtype)
     if init is None:
-        init = _drawn(points, clusters, seed)
+        init = _drawn(points, clusters, seed, heads)
     if lloyd is not None:
         return lloyd(points, init, iterations)
     centroids = torch.empty(wanted, dtype=work, device=points.device)
-    labels = torch.empty(batch, heads, tokens, dtype=torch.int32, device=points.device)
-    counts = torch.empty(batch, heads, clusters, dtype=torch.int32, device=points.device)
+    labels = torch.empty(batch, count, tokens, dtype=torch.int32, device=points.device)
+    counts = torch.empty(batch, count, clusters, dtype=torch.int32, device=points.device)
     per_head = 2 * batch * tokens * dim * work.itemsize
-    for part in head_parts(heads, per_head, points.device):
+    for part in head_parts(count, per_head, points.device):
         x = points[:, :, part].transpose(1, 2)
         x = x.reshape(-1, tokens, dim)  # [batch * part, tokens, dim]
         if not (points.is_cuda and points.dtype in HALF):
@@ -91,13 +93,13 @@ def kmeans(
         label = torch.empty(0, dtype=torch.int64, device=x.device)
         for _ in range(iterations):
             last = label
-            label, means, count = _lloyd(x, means)
+            label, means, sizes = _lloyd(x, means)
             if label.device.type == "cpu" and torch.equal(label, last):
                 break  # the same labels give the same means
         lead = (batch, -1)
         centroids[:, part] = means.unflatten(0, lead)
         labels[:, part] = label.unflatten(0, lead)
-        counts[:, part] = count.unflatten(0, lead)
+        counts[:, part] = sizes.unflatten(0, lead)
     return centroids.float(), labels, counts
 
 
@@ -161,9 +163,10 @@ def expand_clusters(mask: Tensor, q_owner: Tensor, kv_owner: Tensor) -> Tensor:
     return rows.gather(3, kv_owner[:, :, None].expand(-1, -1, rows.shape[2], -1))
 
 
-def _drawn(points: Tensor, clusters: int, seed: int) -> Tensor:
-    batch, tokens, heads, dim = points.shape
-    order = seeded_order(seed, (1, heads), tokens, points.device)
+def _drawn(points: Tensor, clusters: int, seed: int, heads: Tensor | None) -> Tensor:
+    batch, tokens, count, dim = points.shape
+    rows = (1, count) if heads is None else heads[None]
+    order = seeded_order(seed, rows, tokens, points.device)
     place = torch.arange(clusters, device=points.device) % tokens
     token = order[..., place]  # [1, heads, clusters]
     return points.transpose(1, 2).gather(2, token[..., None].expand(batch, -1, -1, dim))

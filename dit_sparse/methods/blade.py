@@ -25,6 +25,7 @@ from dit_sparse.methods.lists import (
     check_refresh,
     check_seed,
     check_share,
+    head_numbers,
     reused_plan,
     select_by_two,
     video_blocks,
@@ -149,7 +150,7 @@ class Blade(Method):
         order = _order(call)
         video = video_blocks(call, self.block_size)
         draw = (self.seed * 1009 + call.layer) * 1009 + call.step
-        numbers = _head_numbers(call)
+        numbers = head_numbers(call)
 
         def choose(heads: slice) -> tuple[Tensor, Tensor, Tensor]:
             query = ops.gather_tokens(call.query[:, :, heads], order, padding=False)
@@ -246,10 +247,3 @@ def _shortened(layout: BlockLayout, slots: Tensor) -> BlockLayout:
     room = slots[:, None, None].to(torch.int32) - layout.starts
     lengths = torch.minimum(layout.lengths, room.clamp(min=0))
     return replace(layout, starts=layout.starts.expand_as(lengths).contiguous(), lengths=lengths)
-
-
-def _head_numbers(call: AttentionCall) -> Tensor:
-    """Look up (or make, once) the model's numbers of the call's heads on its device."""
-    device = call.query.device
-    place = ("head numbers", call.heads, device)
-    return call.once(place, lambda: torch.tensor(call.heads, dtype=torch.int64, device=device))

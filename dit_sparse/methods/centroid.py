@@ -68,7 +68,6 @@ class Centroid(Method):
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
     stays: ClassVar[str] = "density is a share, clusters follow the tokens unless they are given"
-    heads_tied: ClassVar[str] = "its random draw goes by a head's place among those of its process"
 
     density: float = 0.25
     queries: Literal["clusters", "tiles"] = "clusters"

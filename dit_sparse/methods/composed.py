@@ -27,14 +27,16 @@ from dit_sparse.methods.lists import (
     check_refresh,
     check_seed,
     check_share,
+    head_numbers,
     identity,
+    select_by_two,
     share_of,
 )
 from dit_sparse.methods.order import morton_order, tile_order
 from dit_sparse.methods.sides import Side, cluster_side, fixed_side, plan_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -69,9 +71,9 @@ class Composed(Method):
         key_order: The same for keys.
         score: "mean": mean query . mean key * scale. "centroid": the same, + ln n for n keys in
             the group, as a softmax over groups of unequal size wants it. "maximum": BLADE's
-            largest sampled weight. "antidiagonal": XAttention's estimate of the mass. "mass": the
-            exact softmax mass; the call that chooses is then dense. The last three know no
-            clusters.
+            largest sampled weight, not for a budget. "antidiagonal": XAttention's estimate of the
+            mass. "mass": the exact softmax mass; the call that chooses is then dense. The last
+            three know no clusters.
         select: "budget": the pairs of a head that hold most weight per key, until ``density`` is
             used up, so that query groups differ in what they keep. "top_k": a fixed share of key
             groups for every query group. "top_p": the fewest key groups that hold ``top_p`` of
@@ -160,6 +162,11 @@ class Composed(Method):
                 f"score {self.score!r} scores blocks of a fixed order, got clusters; try "
                 "score 'centroid', or tiles for both orders"
             )
+        if self.score == "maximum" and self.select == "budget":
+            raise StrategyError(
+                "score 'maximum' is 1 for the best blocks of every row, so it ranks the blocks of "
+                "one row only, got select 'budget'; try 'top_k'"
+            )
         if self.score == "mass" and self.refresh < 2:
             raise StrategyError(
                 "score 'mass' is of a dense call, so a choice must live for later steps: refresh "
@@ -170,12 +177,6 @@ class Composed(Method):
     def clustered(self) -> bool:
         """Whether a side is ordered by k-means."""
         return "clusters" in {self.query_order, self.key_order}
-
-    @property
-    def heads_tied(self) -> str:
-        """A draw goes by a head's place."""
-        drawn = self.clustered or self.score == "maximum"
-        return "its random draw goes by a head's place among those of its process" if drawn else ""
 
     @property
     def asked_density(self) -> float | None:
@@ -274,6 +275,7 @@ class Composed(Method):
                     ops,
                     init=last,
                     seed=(self.seed * 1009 + call.layer) * 2 + i_side,
+                    heads=head_numbers(call),
                 )
                 state[f"{name}_centroids"] = mean.to(x.dtype)
                 means.append(mean)
@@ -283,13 +285,14 @@ class Composed(Method):
                     means.append(ops.pool(x, side.layout, side.order).float())
             sides.append(side)
         q, kv = sides
+        ties = None
         if means:
             score = means[0] @ means[1].transpose(-1, -2) * call.scale
             if self.score == "centroid":
                 score = score + kv.counts.float().log()[:, :, None]
         else:
-            score = self._weights(call, q, kv, video, ops, lse)
-        state["mask"] = self._kept(score, q, kv, ops, weights=not means)
+            score, ties = self._weights(call, q, kv, video, ops, lse)
+        state["mask"] = self._kept(score, ties, q, kv, ops, weights=not means)
         state.update(q=q, kv=kv, made=call.step)
         state["for"] = identity(call)
 
@@ -318,8 +321,8 @@ class Composed(Method):
         video: slice,
         ops: Ops,
         lse: Tensor | None,
-    ) -> Tensor:
-        """Weigh pairs of blocks: ``[batch, heads, q_blocks, kv_blocks]``, not negative."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weigh pairs of blocks, ``[batch, heads, q_blocks, kv_blocks]``, and break ties."""
         query, key = (
             x[:, video] if order == "raster" else ops.gather_tokens(
                 x[:, video], side.order.long(), padding=False
@@ -330,26 +333,45 @@ class Composed(Method):
         )  # fmt: skip
         ends = (query, key, q.layout, kv.layout)
         if self.score == "antidiagonal":
-            return ops.antidiagonal(*ends, min(self.stride, self.block_size), call.scale)
+            stride = min(self.stride, self.block_size)
+            return ops.antidiagonal(*ends, stride, call.scale), None
         if self.score == "maximum":
             draw = (self.seed * 1009 + call.layer) * 1009 + call.step
-            return ops.tile_maximum(*ends, self.samples, call.scale, seed=draw)
+            heads = head_numbers(call)
+            return ops.tile_maximum(*ends, self.samples, call.scale, seed=draw, heads=heads)
         assert lse is not None
         own = lse[..., video].float()
         if self.query_order != "raster":
             own = own.gather(-1, q.order.long().expand(*own.shape[:2], -1))
-        return ops.block_mass(query, key, own.contiguous(), q.layout, kv.layout, call.scale)
+        return ops.block_mass(query, key, own.contiguous(), *ends[2:], call.scale), None
 
-    def _kept(self, score: Tensor, q: Side, kv: Side, ops: Ops, *, weights: bool) -> Tensor:
+    def _kept(
+        self,
+        score: Tensor,
+        ties: Tensor | None,
+        q: Side,
+        kv: Side,
+        ops: Ops,
+        *,
+        weights: bool,
+    ) -> Tensor:
         """Select key groups: bool ``[batch, heads, q_groups, kv_groups]``; never empty ones."""
         empty = (kv.counts == 0)[:, :, None]
+
+        def ranked(
+            score: Tensor, select: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+        ) -> Tensor:
+            return select(score)[0] if ties is None else select_by_two(score, ties, select)[0]
+
         if self.select == "top_p":
             weight = score if weights else score.softmax(-1)
             floor = int(self.floor * score.shape[-1] + _SLACK)
-            return ops.select_top_p(weight.masked_fill(empty, -1), self.top_p, floor)[0]
+            weight = weight.masked_fill(empty, -1)
+            return ranked(weight, lambda x: ops.select_top_p(x, self.top_p, floor))
         if self.select == "top_k":
             count = share_of(self.density, score.shape[-1])
-            return ops.select_top_k(score.masked_fill(empty, -torch.inf), count)[0]
+            living = score.masked_fill(empty, -torch.inf)
+            return ranked(living, lambda x: ops.select_top_k(x, count))
         if self.select == "budget":
             return self._within_budget(score, q, kv, ops, weights=weights)
         living = (~empty).expand_as(score)

@@ -90,6 +90,13 @@ def identity(call: AttentionCall) -> tuple[object, ...]:
     return (call.grid, call.heads, call.num_steps, tuple(call.query.shape), call.query.device)
 
 
+def head_numbers(call: AttentionCall) -> Tensor:
+    """Look up (or make, once) the model's numbers of the call's heads on its device."""
+    device = call.query.device
+    place = ("head numbers", call.heads, device)
+    return call.once(place, lambda: torch.tensor(call.heads, dtype=torch.int64, device=device))
+
+
 def select_by_two(
     scores: Tensor, ties: Tensor, select: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,13 +82,16 @@ def cluster_side(
     *,
     init: Tensor | None,
     seed: int,
+    heads: Tensor,
 ) -> tuple[Side, Tensor]:
     """Cluster video tokens ``[batch, video, heads, head_dim]`` and order them.
 
     Returns:
         The side, and its centroids, fp32 ``[batch, heads, clusters, head_dim]``.
     """
-    centroids, labels, counts = ops.kmeans(points, clusters, iterations, init=init, seed=seed)
+    centroids, labels, counts = ops.kmeans(
+        points, clusters, iterations, init=init, seed=seed, heads=heads
+    )
     order, layout, owner = ops.cluster_order(labels, counts, block_size)
     starts, lengths = layout.starts, layout.lengths
     if lengths.device.type == "cpu":  # reading is free there: drop the spare blocks at the end

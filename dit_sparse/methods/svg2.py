@@ -87,7 +87,6 @@ class SVG2(Method):
     }  # fmt: skip
     cheap_planning: ClassVar[Params] = {"refresh": 4, "first_iterations": 10}
     stays: ClassVar[str] = "top_p and floor are shares"
-    heads_tied: ClassVar[str] = "its random draw goes by a head's place among those of its process"
 
     query_clusters: int = 300
     key_clusters: int = 1000

@@ -95,12 +95,13 @@ class SharedOps(Backends):
         *,
         init: Tensor | None = None,
         seed: int = 0,
+        heads: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cluster tokens; the same start gives the same clusters."""
 
         def run(points: Tensor, clusters: int, iterations: int, seed: int) -> Any:
             return super(SharedOps, self).kmeans(
-                points, clusters, iterations, init=init, seed=seed
+                points, clusters, iterations, init=init, seed=seed, heads=heads
             )
 
         found: tuple[Tensor, Tensor, Tensor] = self._once(

@@ -16,6 +16,7 @@ from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.kernels.select import select_budget
 from dit_sparse.methods.centroid import Centroid
 from dit_sparse.methods.composed import Composed
+from dit_sparse.methods.lists import share_of
 from dit_sparse.methods.order import fitted_tile, morton_order, tile_order
 from dit_sparse.methods.params import build_method
 from dit_sparse.methods.svg2 import SVG2
@@ -31,6 +32,9 @@ PRESETS = [  # pieces, and the method that they are
      {"select": "top_p", "top_p": 0.6}),
     ({"score": "antidiagonal", "select": "top_p", "top_p": 0.6, "stride": 2}, "xattention",
      {"threshold": 0.6, "stride": 2}),
+    ({"query_order": "hilbert", "key_order": "hilbert", "score": "maximum", "select": "top_k",
+      "density": 0.4, "samples": 2}, "blade",
+     {"density": 0.4, "threshold": 1.0, "floor": 0.0, "samples": 2}),
 ]  # fmt: skip
 
 
@@ -49,11 +53,13 @@ def masks(method, calls):
 @pytest.mark.parametrize(("pieces", "name", "params"), PRESETS)
 @given(calls=runs(num_steps=2), block_size=block_sizes)
 def test_a_methods_pieces_are_the_method(pieces, name, params, calls, block_size):
-    # XAttention estimates the mass of video blocks among all keys, text too: other shares.
-    assume(name != "xattention" or not calls[0].grid.text_length)
-    composed = Composed(
-        "raster", "raster", compensate="none", block_size=block_size, **pieces
-    )  # fmt: skip
+    grid = calls[0].grid
+    # These two weigh video blocks among all keys, text too: other shares, other maxima.
+    assume(name not in {"xattention", "blade"} or not grid.text_length)
+    blocks = -(-grid.video_tokens // block_size)
+    assume(name != "blade" or max(1, int(0.4 * blocks)) == share_of(0.4, blocks))  # rounds down
+    raster = {"query_order": "raster", "key_order": "raster"}
+    composed = Composed(**(raster | pieces), compensate="none", block_size=block_size)
     method = build_method(name, params | {"block_size": block_size})
     for one, other in zip(masks(composed, calls), masks(method, calls), strict=True):
         assert torch.equal(one, other)

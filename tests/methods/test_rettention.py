@@ -200,7 +200,7 @@ def test_nested_params_travel_and_are_hashable():
             "mask: 'blade' cannot be .*: it compensates by itself",
         ),
         (
-            {"mask": "svg2", "mask_params": {"compensate": "cluster_mean"}},
+            {"mask": "svg2", "mask_params": {"compensate": "means"}},
             "mask: 'svg2' cannot be .*: it compensates by itself",
         ),
         ({"mask": "x"}, "mask must name a method that chooses blocks, got 'x'; try 'window'"),

@@ -29,9 +29,11 @@ class Recorder(NaiveOps):
         super().__init__()
         self.given, self.made = [], []
 
-    def kmeans(self, points, clusters, iterations, *, init=None, seed=0):
+    def kmeans(self, points, clusters, iterations, *, init=None, seed=0, heads=None):
         self.given.append((points, clusters, iterations, init, seed))
-        self.made.append(super().kmeans(points, clusters, iterations, init=init, seed=seed))
+        self.made.append(
+            super().kmeans(points, clusters, iterations, init=init, seed=seed, heads=heads)
+        )
         return self.made[-1]
 
     attend = staticmethod(Backends("reference").attend)

@@ -51,11 +51,14 @@ SEARCHED = [
      "params": {"density": 0.3, "search_step": 0.25, **SMALL}},
     {"layers": [1], "method": "pooled", "params": {"density": 0.3, **SMALL}},
 ]  # fmt: skip
-DRAWN = [{"method": "blade", "params": {"density": 0.3, "samples": 4, **SMALL}}]
+DRAWN = [  # draws go by the model's own head numbers
+    {"layers": [0], "method": "blade", "params": {"density": 0.3, "samples": 4, **SMALL}},
+    {"layers": [1], "method": "svg2",
+     "params": {"query_clusters": 6, "key_clusters": 9, "top_p": 0.5, **SMALL}},
+]  # fmt: skip
 # Methods that look at a process's heads together: params, and one that may differ a little.
 APART = {
     "adaspa": ({"density": 0.3, "search_steps": [0.0, 0.5], **SMALL}, "recall_threshold", 0.2),
-    "svg2": ({"query_clusters": 6, "key_clusters": 9, "top_p": 0.5, **SMALL}, "floor", 0.1),
 }
 ODD_FLUX = {"height": 22, "width": 26, "text": 17}  # 11 x 13 tokens and 17 of text
 ODD_WAN = {"height": 48, "width": 80}  # 3 x 3 x 5 tokens
@@ -401,8 +404,7 @@ MORE: dict[str, Callable[[World], dict[str, Any]]] = {
     "mixed, Wan, odd": case("wan", MIXED, anything=True, heads=5, **ODD_WAN),
     "mixed, FLUX, odd": case("flux", MIXED, anything=True, heads=5, **ODD_FLUX),
     "ranked, AdaSpa": lambda world: ranked(world, "adaspa"),
-    "drawn, BLADE": case("wan", DRAWN),
-    "ranked, SVG2": lambda world: ranked(world, "svg2"),
+    "drawn, BLADE and SVG2": case("wan", DRAWN),
     "mixed, Wan I2V": case("wan_i2v", MIXED),
     "others, odd": others,
     "compiled, Wan": lambda world: compiled(world, "wan"),
