@@ -9,14 +9,19 @@ and said so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from dit_sparse.core.call import Method
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
-from dit_sparse.methods.lists import MAX_ENTRIES, check_count
+from dit_sparse.methods.lists import (
+    MAX_ENTRIES,
+    check_compensate,
+    check_count,
+    compensated,
+)
 from dit_sparse.methods.steps import step_at
 
 if TYPE_CHECKING:
@@ -64,6 +69,7 @@ class AdaSpa(Method):
             earlier first search saves more and costs fidelity.
         recall_threshold: In [0, 1]; 1 switches the head levels off, as no head can exceed it.
         block_size: Tokens in a block, 1 to 1024; the paper has 64.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -81,6 +87,7 @@ class AdaSpa(Method):
     search_steps: tuple[float, ...] = (0.18, 0.58)
     recall_threshold: float = 0.8
     block_size: int = 64
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -97,6 +104,7 @@ class AdaSpa(Method):
             raise StrategyError(
                 f"recall_threshold must lie in [0, 1], got {self.recall_threshold}; try 0.8"
             )
+        check_compensate(self.compensate)
         check_count("block_size", self.block_size, (1, 1024), 64)
 
     @property
@@ -122,7 +130,7 @@ class AdaSpa(Method):
         due = [step for step in searches if state["searched"] < step <= call.step]
         if due:
             self._search(call, state["lse"], ops)
-        return self._listed_plan(call)
+        return compensated(self._listed_plan(call), self.compensate)
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
         """Search after the first search step's dense attention; returns ``output`` as it is."""

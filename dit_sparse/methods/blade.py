@@ -21,10 +21,12 @@ from dit_sparse.methods.gilbert import gilbert_order
 from dit_sparse.methods.lists import (
     MAX_COUNT,
     check_block_size,
+    check_compensate,
     check_count,
     check_refresh,
     check_seed,
     check_share,
+    compensated,
     head_numbers,
     reused_plan,
     select_by_two,
@@ -87,6 +89,7 @@ class Blade(Method):
         seed: For the draw, from 0.
         refresh: Steps for which a choice lives, >= 1; BLADE chooses on every step.
         block_size: Tokens in a block, 1 to 1024; BLADE has 128.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -110,6 +113,7 @@ class Blade(Method):
     seed: int = 0
     refresh: int = 1
     block_size: int = 128
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -123,6 +127,12 @@ class Blade(Method):
         if self.form not in {"code", "paper"}:
             raise StrategyError(f"form must be 'code' or 'paper', got {self.form!r}")
         check_count("pooled", self.pooled, (0, MAX_COUNT), 30)
+        check_compensate(self.compensate)
+        if self.pooled and self.compensate != "none":
+            raise StrategyError(
+                f"pooled keys (pooled {self.pooled}) already stand for what is dropped, got "
+                f"compensate {self.compensate!r} too; try pooled 0"
+            )
         check_seed(self.seed)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
@@ -175,7 +185,8 @@ class Blade(Method):
             )
 
         plan = reused_plan(call, self.block_size, self.refresh, choose)
-        return replace(plan, q_permutation=order, kv_permutation=order)
+        plan = replace(plan, q_permutation=order, kv_permutation=order)
+        return compensated(plan, self.compensate)
 
     def limits(self, video_blocks: int) -> tuple[int, int]:
         """Give the least and the most blocks that a row keeps."""

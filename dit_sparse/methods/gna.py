@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, floor, prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dit_sparse.core.call import Method
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.levels import largest
-from dit_sparse.methods.lists import MAX_COUNT
+from dit_sparse.methods.lists import (
+    MAX_COUNT,
+    check_compensate,
+    compensated,
+)
 from dit_sparse.methods.order import fitted_tile
 from dit_sparse.methods.windows import AxisRule, product_plan
 
@@ -64,6 +68,7 @@ class GNA(Method):
             128; 3 x 5 x 8 = 120 divides Wan's 21 x 45 x 80.
         exact: Cut blocks at the window's border. False keeps whole every block that the window
             touches: denser, but open to kernels without bit tiles.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -79,6 +84,7 @@ class GNA(Method):
     dilation: tuple[int, int, int] = (1, 1, 1)
     tile: tuple[int, int, int] = (4, 4, 8)
     exact: bool = True
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -92,6 +98,7 @@ class GNA(Method):
                     f"{name} must hold three counts from 1 to {MAX_COUNT} (frames, rows, "
                     f"columns), got {list(value)!r:.80}; try {example}"
                 )
+        check_compensate(self.compensate)
         if any(s > w for s, w in zip(self.stride, self.window, strict=True)):
             raise StrategyError(
                 f"stride must not exceed window on any axis, got {list(self.stride)} for "
@@ -140,9 +147,9 @@ class GNA(Method):
         """Look up (or build, once per geometry) the plan; leave padded text keys out."""
         grid, device = call.grid, call.query.device
         plan, ordered = call.once((self, grid, device), lambda: self._build(grid, device))
-        if ordered is None:
-            return plan.with_keys(call.key_layout(prod(self.tile)))
-        return plan.with_keys(ordered.key_layout(call.text_valid))
+        by_text = call.key_layout(prod(self.tile))
+        plan = plan.with_keys(by_text if ordered is None else ordered.key_layout(call.text_valid))
+        return compensated(plan, self.compensate)
 
     def fitted(self, grid: LatentsGrid) -> tuple[Three, Three, Three, Three]:
         """Give window, stride, dilation and tile as they are on this grid."""

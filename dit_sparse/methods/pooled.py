@@ -52,10 +52,10 @@ class Pooled(Method):
         top_p: For top_p: share of the weight to hold, in (0, 1]; 1 keeps everything.
         floor: For top_p: share of video key blocks that a row keeps at least, in [0, 1]; one
             block is always kept.
-        compensate: "none", or "means": each dropped key block is read as one key, its mean.
         refresh: Steps for which a choice lives, >= 1. 1 chooses on every step; higher is cheaper
             and staler, and keeps the lists in memory.
         block_size: Tokens in a block, 1 to 1024.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -70,9 +70,9 @@ class Pooled(Method):
     density: float = 0.5
     top_p: float = 0.9
     floor: float = 0.0
-    compensate: Literal["none", "means"] = "none"
     refresh: int = 1
     block_size: int = 128
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -22,7 +22,11 @@ from dit_sparse.methods.bands import (
     round_to_tiles,
 )
 from dit_sparse.methods.levels import largest
-from dit_sparse.methods.lists import check_block_size
+from dit_sparse.methods.lists import (
+    check_block_size,
+    check_compensate,
+    compensated,
+)
 from dit_sparse.methods.order import ImageTiles, image_tiles
 
 if TYPE_CHECKING:
@@ -70,6 +74,7 @@ class Radial(Method):
         block_size: Tokens in a block, 1 to 1024; kernels are fastest at 128 and 64.
         sink: Every query keeps the first frame's keys (videos only). The released code does so
             for Wan, not for HunyuanVideo.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -85,6 +90,7 @@ class Radial(Method):
     decay_factor: float = 1.0
     block_size: int = 128
     sink: bool = True
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -95,6 +101,7 @@ class Radial(Method):
                 f"decay_factor must be a number above 0, got {self.decay_factor}; "
                 "1 is the paper's, 0.2 the released code's for Wan 2.1"
             )
+        check_compensate(self.compensate)
         check_block_size(self.block_size)
 
     @classmethod
@@ -134,9 +141,9 @@ class Radial(Method):
         grid, device = call.grid, call.query.device
         build = self._video if grid.frames > 1 else self._image
         plan, tiles = call.once((self, grid, device), lambda: build(grid, device))
-        if tiles is not None:
-            return plan.with_keys(tiles.key_layout(call.text_valid))
-        return plan.with_keys(call.key_layout(self.block_size))
+        by_text = call.key_layout(self.block_size)
+        plan = plan.with_keys(by_text if tiles is None else tiles.key_layout(call.text_valid))
+        return compensated(plan, self.compensate)
 
     def _video(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, None]:
         layout = grid.layout(self.block_size)  # first: it refuses what is too large to plan

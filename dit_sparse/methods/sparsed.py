@@ -8,14 +8,16 @@ arXiv:2509.24014, carried over to latents: text stands for the prompt, video for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dit_sparse.core.call import Method
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_compensate,
     check_share,
+    compensated,
     identity,
     listed_plan,
     remember,
@@ -55,6 +57,7 @@ class SparseD(Method):
             the first step. Earlier saves more and costs fidelity.
         block_size: Tokens in a block, 1 to 1024; SparseD has 128 for long sequences, 32 for
             short ones.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -68,6 +71,7 @@ class SparseD(Method):
     density: float = 0.3
     search_step: float = 0.2
     block_size: int = 128
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -77,13 +81,15 @@ class SparseD(Method):
                 "search_step must be a fraction of the run in [0, 1), got "
                 f"{self.search_step}; try 0.2"
             )
+        check_compensate(self.compensate)
         check_block_size(self.block_size)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Decline (dense), keep all (the search), or reuse its lists."""
         state = call.state
         if state.get("for") == identity(call) and call.step >= state["made"]:
-            return listed_plan(call, self.block_size, state["lists"], state["counts"])
+            plan = listed_plan(call, self.block_size, state["lists"], state["counts"])
+            return compensated(plan, self.compensate)
         state.clear()
         if not self.search(call.num_steps) <= call.step < call.num_steps - 1:
             return None

@@ -9,7 +9,7 @@ mended.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -25,10 +25,12 @@ from dit_sparse.methods.head_bands import (
 )
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_compensate,
     check_count,
     check_refresh,
     check_seed,
     check_share,
+    compensated,
     identity,
     listed_plan,
 )
@@ -77,6 +79,7 @@ class SVG(Method):
         refresh: Steps for which a choice lives, >= 1; SVG chooses on every step.
         seed: For the draw, from 0.
         block_size: Tokens in a block, 1 to 1024; SVG has 128.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -92,6 +95,7 @@ class SVG(Method):
     refresh: int = 1
     seed: int = 0
     block_size: int = 128
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -99,6 +103,7 @@ class SVG(Method):
         check_count("rows", self.rows, (1, 4096), 64)
         check_refresh(self.refresh)
         check_seed(self.seed)
+        check_compensate(self.compensate)
         check_block_size(self.block_size)
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
@@ -118,7 +123,8 @@ class SVG(Method):
         kinds = state["kinds"]
         order = bands.order[kinds]
         plan = listed_plan(call, self.block_size, bands.lists[kinds], bands.counts[kinds])
-        return replace(plan, q_permutation=order, kv_permutation=order)
+        plan = replace(plan, q_permutation=order, kv_permutation=order)
+        return compensated(plan, self.compensate)
 
     def bands(self, call: AttentionCall) -> HeadBands:
         """Look up (or build, once per geometry) both bands."""

@@ -9,7 +9,7 @@ Static: the same for every layer, head and step; made once per geometry.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -18,7 +18,11 @@ from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.levels import largest
-from dit_sparse.methods.lists import check_block_size
+from dit_sparse.methods.lists import (
+    check_block_size,
+    check_compensate,
+    compensated,
+)
 from dit_sparse.methods.windows import AxisRule, product_plan
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ class Window(Method):
         exact: Cut blocks at the window's border. False keeps whole every block that the window
             touches: denser, but open to kernels without bit tiles.
         block_size: Tokens in a block at most, 1 to 1024.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -66,11 +71,13 @@ class Window(Method):
     share: float = 0.03125
     exact: bool = True
     block_size: int = 128
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if not 0 < self.share <= 2:
             raise StrategyError(f"share must lie in (0, 2], got {self.share}; try 0.03125")
+        check_compensate(self.compensate)
         check_block_size(self.block_size)
 
     @classmethod
@@ -91,9 +98,9 @@ class Window(Method):
         """Look up (or build, once per geometry) the plan; leave padded text keys out."""
         grid, device = call.grid, call.query.device
         plan, ordered = call.once((self, grid, device), lambda: self._build(grid, device))
-        if ordered is None:
-            return plan.with_keys(call.key_layout(self.block_size))
-        return plan.with_keys(ordered.key_layout(call.text_valid))
+        by_text = call.key_layout(self.block_size)
+        plan = plan.with_keys(by_text if ordered is None else ordered.key_layout(call.text_valid))
+        return compensated(plan, self.compensate)
 
     def reach(self, frame_tokens: int) -> int:
         """Give r, the places that a query sees on each side of its own."""

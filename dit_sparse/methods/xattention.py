@@ -8,7 +8,7 @@ arXiv:2503.16428, in its non-causal form for video models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -16,9 +16,11 @@ from dit_sparse.core.call import Method
 from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
     check_block_size,
+    check_compensate,
     check_count,
     check_refresh,
     check_share,
+    compensated,
     reused_plan,
     share_of,
     video_blocks,
@@ -61,6 +63,7 @@ class XAttention(Method):
         refresh: Steps for which a choice lives, >= 1; the paper chooses on every step. Higher is
             cheaper and staler, and keeps the lists in memory.
         block_size: Tokens in a block, 1 to 1024; the paper has 128.
+        compensate: "none", or "means": each dropped key block is read as one key, its mean.
     """
 
     summary: ClassVar[str] = (
@@ -78,12 +81,14 @@ class XAttention(Method):
     sink: bool = False
     refresh: int = 1
     block_size: int = 128
+    compensate: Literal["none", "means"] = "none"
 
     def __post_init__(self) -> None:
         """Check ranges."""
         check_share("threshold", self.threshold, zero=False, hint=0.9)
         check_count("stride", self.stride, (1, 1024), 8)
         check_share("floor", self.floor, zero=True, hint=0.0)
+        check_compensate(self.compensate)
         check_refresh(self.refresh)
         check_block_size(self.block_size)
 
@@ -115,7 +120,8 @@ class XAttention(Method):
             kept = ops.select_top_p(mass, self.threshold, floor)
             return _with_first(*kept) if self.sink else kept
 
-        return reused_plan(call, self.block_size, self.refresh, choose)
+        plan = reused_plan(call, self.block_size, self.refresh, choose)
+        return compensated(plan, self.compensate)
 
 
 def _with_first(mask: Tensor, lists: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
