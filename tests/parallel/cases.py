@@ -58,7 +58,11 @@ DRAWN = [  # draws go by the model's own head numbers
 ]  # fmt: skip
 # Methods that look at a process's heads together: params, and one that may differ a little.
 APART = {
-    "adaspa": ({"density": 0.3, "search_steps": [0.0, 0.5], **SMALL}, "recall_threshold", 0.2),
+    "adaspa": (
+        {"density": 0.3, "search_steps": [0.0, 0.5], "recall_threshold": 0.2, **SMALL},
+        "recall_threshold",
+        0.2,
+    ),
 }
 ODD_FLUX = {"height": 22, "width": 26, "text": 17}  # 11 x 13 tokens and 17 of text
 ODD_WAN = {"height": 48, "width": 80}  # 3 x 3 x 5 tokens
