@@ -60,32 +60,33 @@ def kept_keys(plan: BlockPlan, i_batch: int, i_head: int, tokens: Sequence[int])
     slot_of = _slots(plan.q_permutation, i_batch, i_head, plan.query_length)
     token_of = None if plan.kv_permutation is None else _pick(plan.kv_permutation, i_batch, i_head)
     kept = torch.zeros(len(tokens), plan.key_length, dtype=torch.bool)
-    slots = plan.kv.slots
-    for row, token in enumerate(tokens):
-        slot = int(token if slot_of is None else slot_of[token])
-        inside = ((q_start <= slot) & (slot < q_start + q_length)).nonzero()
-        if slot < 0 or not len(inside):
+    slot = torch.as_tensor(tokens, dtype=torch.int64)
+    slot = slot if slot_of is None else slot_of[slot]
+    inside = (q_start <= slot[:, None]) & (slot[:, None] < q_start + q_length)  # [tokens, blocks]
+    block_of = torch.where((slot >= 0) & inside.any(1), inside.int().argmax(1), -1)
+    for block in block_of.unique().tolist():
+        if block < 0:
             continue
-        block = int(inside[0, 0])
+        rows = (block_of == block).nonzero().flatten()
         own = index[block, : int(count[block])].long()
         numbers = own.new_full(own.shape, -1) if tile is None else tile[block, : len(own)]
         whole = own[numbers < 0]
         # Whole blocks by where they begin and end; those that a border cuts one by one.
-        edge = torch.zeros(slots + 1, dtype=torch.int32)
+        edge = torch.zeros(plan.kv.slots + 1, dtype=torch.int32)
         one = torch.ones(len(whole), dtype=torch.int32)
         edge.index_add_(0, k_start[whole].long(), one)
         edge.index_add_(0, (k_start[whole] + k_length[whole]).long(), -one)
-        read = edge.cumsum(0)[:-1] > 0
+        read = (edge.cumsum(0)[:-1] > 0).repeat(len(rows), 1)  # [rows, slots]
         for i_kv, number in zip(own[numbers >= 0], numbers[numbers >= 0], strict=True):
             assert plan.tiles is not None
             start, length = int(k_start[i_kv]), int(k_length[i_kv])
-            bits = plan.tiles[int(number), slot - int(q_start[block])].cpu()
-            read[start : start + length] |= unpack_tiles(bits, length)
-        found = read.nonzero().flatten()
+            bits = plan.tiles[int(number), slot[rows] - int(q_start[block])].cpu()
+            read[:, start : start + length] |= unpack_tiles(bits, length)
+        row, found = read.nonzero().unbind(1)
         if token_of is not None:
             found = token_of[found]
-            found = found[found >= 0]
-        kept[row, found] = True
+            row, found = row[found >= 0], found[found >= 0]
+        kept[rows[row], found] = True
     return kept
 
 
