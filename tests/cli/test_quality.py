@@ -231,29 +231,6 @@ def test_evaluate_without_room_is_one_line(evaluate, tmp_path, size, words):
     assert not list(tmp_path.rglob(".*")) + list(tmp_path.rglob("dense.json"))
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_pairs(model, strategy, tmp_path):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--standalone", "-m", "dit_sparse", "evaluate", model, "--strategy", strategy),
-        *("--prompt", "a cat", "--seeds", "0,1", *SMALL, "--metrics", "psnr"),
-        *("--floor", "off", "--device", "cpu", "-o", tmp_path),
-    ]
-    done = subprocess.run(
-        list(map(str, command)),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads((tmp_path / "report.json").read_text())
-    assert told["about"]["processes"] == 2
-    assert len(told["results"]["coarse"]["pairs"]) == 2
-    assert done.stdout.count("pairs only") == 1  # one process reports
-
-
 def test_evaluate_refuses_before_it_loads_anything(evaluate, tmp_path):
     out = tmp_path / "out"
 

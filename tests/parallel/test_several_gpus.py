@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts in samples/several_gpus: two processes do what one does, and share the work."""
+"""The scripts in samples/several_gpus, and ``evaluate``: two processes share one's work."""
 
 import json
 import re
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from dit_sparse.strategy import Strategy
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,6 +46,16 @@ def told(tmp_path_factory, root):
         }
         for name, (script, processes, arguments) in jobs.items()
     ]
+    coarse = Strategy.coerce("radial", block_size=16, decay_factor=0.2)
+    coarse.model_copy(update={"name": "coarse"}).save(folder / "coarse.json")
+    evaluate = [
+        *("evaluate", model, "--strategy", "coarse.json", "--prompt", "a cat", "--seeds", "0,1"),
+        *("--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--threads", "1"),
+        *("--metrics", "psnr", "--floor", "off", "--device", "cpu", "-o", "evaluated"),
+    ]
+    jobs["command2"] = ("command", 2, evaluate)
+    script = str(root / "tests" / "parallel" / "command.py")
+    plain.append({"script": script, "arguments": evaluate, "processes": 2, "told": "command2"})
     (folder / "jobs.json").write_text(json.dumps(plain), encoding="utf-8")
     command = [sys.executable, "-c", LAUNCH.format(root=str(root)), "jobs.json"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=500)
@@ -98,3 +110,12 @@ def test_one_video_comes_from_both(told):
     assert "sparse attention 'wan-tiny.radial'" in said["one_video2"][0]
     assert "stayed dense" not in said["one_video2"][0]
     assert "wan-tiny.radial" not in said["one_video2"][1]
+
+
+def test_the_command_shares_the_pairs(told):
+    folder, said = told
+    assert (folder / "evaluated" / "report.json").is_file(), "".join(said["command2"])[-3000:]
+    found = json.loads((folder / "evaluated" / "report.json").read_text(encoding="utf-8"))
+    assert found["about"]["processes"] == 2
+    assert len(found["results"]["coarse"]["pairs"]) == 2
+    assert [each.count("pairs only") for each in said["command2"]] == [1, 0]  # one reports
