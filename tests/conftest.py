@@ -5,6 +5,7 @@
 each time. Without it few are drawn, in CI always the same.
 """
 
+import gc
 import os
 import zlib
 from pathlib import Path
@@ -72,6 +73,16 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of every later collection: torch and diffusers stay anyway."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else libraries report what is left at the exit as leaks
 
 
 @pytest.fixture(autouse=True)
