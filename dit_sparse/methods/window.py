@@ -107,6 +107,7 @@ class Window(Method):
         return min(int(self.share * frame_tokens + _SLACK) // 2, frame_tokens - 1)
 
     def _build(self, grid: LatentsGrid, device: torch.device) -> tuple[BlockPlan, Ordered | None]:
+        grid.check_blocks(self.block_size)
         frames, places = grid.frames, grid.frame_tokens
         # The same tokens as one row per frame: places take the part of columns.
         lines = LatentsGrid(frames, 1, places, grid.text_length, grid.text_first)

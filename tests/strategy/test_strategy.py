@@ -246,7 +246,7 @@ def test_options_of_a_file_void_what_was_measured():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Strategy.single("radial", decay=1), "radial: unknown option 'decay'; there are radial: form, decay_factor, block_size, sink; schedule: dense_warmup_steps, dense_last_steps, dense_layers"),
+        (lambda: Strategy.single("radial", decay=1), "radial: unknown option 'decay'; there are radial: form, decay_factor, block_size, sink, compensate; schedule: dense_warmup_steps, dense_last_steps, dense_layers"),
         (lambda: Strategy.single("dense", decay=1), "dense: unknown option 'decay'; there are schedule:"),
         (lambda: Strategy.single("radiall"), "unknown method 'radiall'"),
         (lambda: Strategy.single("radial", decay_factor="x"), r"rules\[0\].params: decay_factor: .*got 'x'"),
