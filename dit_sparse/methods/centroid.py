@@ -66,6 +66,7 @@ class Centroid(Method):
         "(ours, from SVG2, 2505.18875, and SVG-EAR, 2603.08982)"
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
+    cheap_planning: ClassVar[Params] = {"refresh": 4}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
     stays: ClassVar[str] = "density is a share, clusters follow the tokens unless they are given"
 
