@@ -15,7 +15,7 @@ from dit_sparse.profiler.capture import call_of
 from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dit_sparse.core.call import AttentionCall
     from dit_sparse.core.grid import LatentsGrid
@@ -25,11 +25,17 @@ BISECTIONS = 9
 NEAR = 0.01  # of density: no other way to set the knob is tried
 
 
-def ways(method: str, share: float, grid: LatentsGrid) -> list[dict[str, Any]]:
-    """Give the params of each of a method's knobs at a setting in (0, 1]; more keeps more."""
+def ways(
+    method: str, share: float, grid: LatentsGrid, given: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Give the params of each of a method's knobs at a setting in (0, 1]; more keeps more.
+
+    Params that are ``given`` stay as they are.
+    """
     cls, block = method_class(method), block_for(grid)
     size = {"block_size": block} if "block_size" in param_names(method) else {}
-    return [{**size, **cls.at_start, **params} for params in cls.knobs(share, grid, block)]
+    known = cls.knobs(share, grid, block)
+    return [{**size, **cls.at_start, **params, **(given or {})} for params in known]
 
 
 def record(pipe: Any, arguments: dict[str, Any], seed: int) -> list[AttentionCall]:
@@ -72,19 +78,30 @@ def density_of(method: str, params: dict[str, Any], calls: Sequence[AttentionCal
     return dense + (1 - dense) * sum(found) / len(found) if found else 1.0
 
 
-def tuned(method: str, density: float, calls: Sequence[AttentionCall]) -> tuple[Strategy, float]:
+def tuned(
+    method: str,
+    density: float,
+    calls: Sequence[AttentionCall],
+    given: Mapping[str, Any] | None = None,
+) -> tuple[Strategy, float]:
     """Bisect a method's knob for a density.
+
+    Args:
+        method: Its name.
+        density: To be had, of all pairs.
+        calls: Recorded ones.
+        given: Params that stay as they are.
 
     Returns:
         The strategy, and the density it is predicted to have.
     """
     best: tuple[float, dict[str, Any], float] = (float("inf"), {}, 1.0)
     grid = calls[0].grid
-    for way in range(len(ways(method, 1.0, grid))):
+    for way in range(len(ways(method, 1.0, grid, given))):
         low, high = 0.0, 1.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            params = ways(method, float(f"{middle:.4g}"), grid)[way]
+            params = ways(method, float(f"{middle:.4g}"), grid, given)[way]
             found = density_of(method, params, calls)
             if abs(found - density) < best[0]:
                 best = abs(found - density), params, found

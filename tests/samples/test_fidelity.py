@@ -16,7 +16,8 @@ from dit_sparse.strategy import Rule, Strategy
 from tests import tiny
 
 FIDELITY = Path(__file__).parents[2] / "samples" / "fidelity"
-MODULES = ("run", "knobs", "arms", "composition", "models", "page", "strip", "findings")
+MODULES = ("run", "knobs", "arms", "composition", "models", "page", "strip", "findings",
+           "compensation")  # fmt: skip
 STEPS = 6
 
 
@@ -237,6 +238,52 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
     ]
     assert "Noise floor: PSNR 95.5 dB" in text
     assert (folder / "some-tiny.png").stat().st_size > 5000
+
+
+def test_arms_are_added_to_those_of_the_same_prompts_seeds_and_settings():
+    from run import joined
+
+    def file(**arms):
+        return {
+            "model": "wan-tiny", "prompts": ["a"], "seeds": [1], "video_share": 1.0,
+            "call": {"height": 64, "versions": {"torch": "2"}}, "command": "old", "missing": {},
+            "arms": {name: [{"psnr": value}] for name, value in arms.items()},
+        }  # fmt: skip
+
+    old = file(dense=0.0, radial=20.0) | {"missing": {"centroid": "why", "svg": "why"}}
+    new = file(dense=1.0, centroid=30.0) | {"command": "new"}
+    found = joined(old, new)
+    assert found["arms"] == file(dense=0.0, radial=20.0, centroid=30.0)["arms"]
+    assert found["added"] == {"centroid": {"command": "new", "versions": {"torch": "2"}}}
+    assert found["missing"] == {"svg": "why"}
+    assert found["command"] == "old"
+    for other in ({"seeds": [2]}, {"call": {"height": 128, "versions": None}}):
+        with pytest.raises(SystemExit, match="other prompts, seeds or settings"):
+            joined(old, new | other)
+
+
+def test_compensation_is_compared_with_dense_outputs(calls):
+    import torch
+    from compensation import arms, errors
+
+    from dit_sparse.methods.params import build_method
+
+    for method, given in arms().values():
+        build_method(method, given)
+    dense = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (call.query, call.key, call.value)), scale=call.scale
+        ).transpose(1, 2)
+        for call in calls
+    ]
+    assert max(errors(Strategy.single("pooled", density=1.0), calls, dense)) < 1e-5
+    zero = [torch.zeros_like(x) + 1e-9 for x in dense]
+    far, near, of_nothing = (
+        errors(Strategy.single("pooled", density=0.2, block_size=16, compensate=how), calls, other)
+        for how, other in (("none", dense), ("means", dense), ("none", zero))
+    )
+    assert len(far) == len(calls) * calls[0].query.shape[2]
+    assert sum(near) < sum(far) < sum(of_nothing)
 
 
 def test_prompts_to_calibrate_on_and_to_measure_on_are_apart():

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what means of dropped blocks are worth, method by method, on recorded calls.
+
+    python samples/fidelity/compensation.py wan-tiny flux-tiny -o compensation.json
+
+records a dense generation of each model, sets every method that drops blocks to equal densities,
+without means and with them (means counted), and compares each attention output with the dense
+one. Minutes a model on a CPU; models that are in the file already are left alone.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import TOLERANCE, overall
+from diffusers import DiffusionPipeline
+from knobs import record, tuned
+from models import MODELS
+
+from dit_sparse.cli.source import SampleDefaults, Settings
+from dit_sparse.core.call import AttentionCall
+from dit_sparse.core.plan import BlockPlan
+from dit_sparse.kernels.dispatch import Backends
+from dit_sparse.methods import METHODS
+from dit_sparse.methods.params import build_method, param_names
+from dit_sparse.strategy import Strategy
+from dit_sparse.strategy.files import write_text
+from dit_sparse.strategy.identity import versions
+
+ROOT = Path(__file__).parents[2]
+DENSITIES = (0.5, 0.25, 0.125)
+STEPS, SEED = 10, 1000
+ORDERS = ("raster", "tiles", "hilbert", "morton", "clusters")
+SAMPLE = "samples/fidelity/compensation.py"
+
+
+def arms() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name what is compared: a method, and params that stay as they are."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for order in ORDERS:
+        pieces = {"query_order": order, "key_order": order, "score": "centroid"}
+        found[f"{order}, centroids, budget"] = ("composed", pieces)
+    for name in sorted(METHODS):
+        if "compensate" in param_names(name) and name != "composed":
+            found[name] = (name, {})
+    return found
+
+
+def errors(
+    strategy: Strategy, calls: list[AttentionCall], dense: list[torch.Tensor]
+) -> list[float]:
+    """Compare the outputs of sparse calls with dense ones: relative L2 error of each head."""
+    rule, ops = strategy.rules[0], Backends()
+    method = build_method(rule.method, rule.params)
+    states: dict[int, dict[str, Any]] = {}
+    found: list[float] = []
+    for call, exact in zip(calls, dense, strict=True):
+        own = replace(call, state=states.setdefault(call.layer, {}), shared={})
+        plan = method.plan(own, ops)
+        if plan is None:
+            continue
+        output, lse = ops.attend(own.query, own.key, own.value, plan, own.scale)
+        output = method.finish(own, output, lse, ops)
+        if not plan.complete:
+            away = (output - exact).float().square().sum((0, 1, 3))
+            found += (away / exact.float().square().sum((0, 1, 3))).sqrt().tolist()
+    return found
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """Measure all arms on one model."""
+    model = ROOT / "samples" / name
+    pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    settings = Settings(num_inference_steps=STEPS).over(SampleDefaults.read(model))
+    calls = record(pipe, {**settings, "prompt": MODELS[name].held_out[0]}, SEED)
+    ops, dense = Backends(), []
+    for call in calls:
+        plan = BlockPlan.full(call.layout(128), call.key_layout(128))
+        dense.append(ops.attend(call.query, call.key, call.value, plan, call.scale)[0])
+    layout = calls[0].layout(64), calls[0].key_layout(64)
+    queries, keys = (side.lengths.sum(-1) for side in layout)
+    share = float((calls[0].grid.video_tokens ** 2 / (queries * keys).double()).mean())
+    rows = []
+    for density in DENSITIES:
+        wanted = overall(density, share)
+        for arm, (method, given) in arms().items():
+            for compensate in ("none", "means"):
+                how = {} if method == "centroid" else {"compensate": compensate}
+                if method == "centroid" and compensate == "none":
+                    continue
+                strategy, told = tuned(method, wanted, calls, {**given, **how})
+                if abs(told - wanted) > TOLERANCE:
+                    continue  # the method cannot have this density
+                away = errors(strategy, calls, dense)
+                error = (sum(x * x for x in away) / len(away)) ** 0.5
+                rows.append(
+                    {"model": name, "arm": arm, "compensate": compensate, "density": density,
+                     "told": told, "params": dict(strategy.rules[0].params), "error": error}
+                )  # fmt: skip
+                print(f"{name} {density:g} {arm}, {compensate}: {error:.3f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Do it for each model, and write the file after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", choices=sorted(MODELS))
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"rows": []}
+    if args.output.exists():
+        found = json.loads(args.output.read_text())
+    there = {row["model"] for row in found["rows"]}
+    for name in args.models:
+        if name in there:
+            continue
+        found["rows"] += measure(name)
+        found |= {
+            "kind": "dit_sparse.compensation",
+            "command": f"python {SAMPLE} {' '.join(sorted(there | {name}))} -o {args.output}",
+            "versions": versions(),
+            "steps": STEPS,
+            "seed": SEED,
+        }
+        there.add(name)
+        write_text(args.output, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
