@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what means of dropped blocks are worth, method by method, on recorded calls.
 
-    python samples/fidelity/compensation.py wan-tiny flux-tiny -o compensation.json
+    python samples/fidelity/compensation.py wan-tiny flux-tiny
 
 records a dense generation of each model, sets every method that drops blocks to equal densities,
 without means and with them (means counted), and compares each attention output with the dense
-one. Minutes a model on a CPU; models that are in the file already are left alone.
+one. It writes docs/benchmarks/compensation.json and the page beside it. Ten minutes a model on a
+CPU; models that are in the file already are left alone.
 """
 
 import argparse
@@ -31,9 +32,21 @@ from dit_sparse.strategy.files import write_text
 from dit_sparse.strategy.identity import versions
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "benchmarks" / "compensation.json"
 DENSITIES = (0.5, 0.25, 0.125)
 STEPS, SEED = 10, 1000
 ORDERS = ("raster", "tiles", "hilbert", "morton", "clusters")
+HEAD = """\
+# What means of dropped blocks are worth
+
+Relative L2 error of attention outputs, root mean square over heads and recorded calls (the first,
+a middle and the last of {steps} steps, all layers, one held-out prompt), at equal densities of the
+video's pairs: without means, and *with means of what is dropped* (`compensate`), which count in
+the density. Small models stand in for the real ones, and the figures are theirs. An error of calls
+is not the quality of a clip: for that see [fidelity](fidelity.md). A dash: the method cannot have
+that density.
+
+Command: `{command}` ([data](compensation.json))."""
 SAMPLE = "samples/fidelity/compensation.py"
 
 
@@ -105,16 +118,37 @@ def measure(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def page(found: dict[str, Any]) -> str:
+    """Write the table of all models."""
+    lines = [HEAD.format(steps=found["steps"], command=found["command"])]
+    rows = found["rows"]
+    for model in sorted({row["model"] for row in rows}):
+        own = [row for row in rows if row["model"] == model]
+        known = {(row["arm"], row["density"], row["compensate"]): row["error"] for row in own}
+        lines += ["", f"## {model}", ""]
+        lines += [
+            f"| | {' | '.join(f'{density:g}' for density in DENSITIES)} |",
+            "|---|---|---|---|",
+        ]
+        for arm in dict.fromkeys(row["arm"] for row in own):
+            cells = []
+            for density in DENSITIES:
+                bare, means = (known.get((arm, density, how)) for how in ("none", "means"))
+                told = ["-" if x is None else f"{x:.3f}" for x in (bare, means)]
+                cells.append(f"{told[0]}, *{told[1]}*")
+            lines.append(f"| {arm if ' ' in arm else f'`{arm}`'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Do it for each model, and write the file after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", choices=sorted(MODELS))
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"rows": []}
-    if args.output.exists():
-        found = json.loads(args.output.read_text())
+    if RESULTS.exists():
+        found = json.loads(RESULTS.read_text())
     there = {row["model"] for row in found["rows"]}
     for name in args.models:
         if name in there:
@@ -122,13 +156,14 @@ def main() -> None:
         found["rows"] += measure(name)
         found |= {
             "kind": "dit_sparse.compensation",
-            "command": f"python {SAMPLE} {' '.join(sorted(there | {name}))} -o {args.output}",
+            "command": f"python {SAMPLE} {' '.join(sorted(there | {name}))}",
             "versions": versions(),
             "steps": STEPS,
             "seed": SEED,
         }
         there.add(name)
-        write_text(args.output, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_text(RESULTS, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_text(RESULTS.with_suffix(".md"), page(found))
 
 
 if __name__ == "__main__":
