@@ -138,7 +138,8 @@ def select_budget(value: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
 
     Args:
         value: What a pair is worth, ``[batch, heads, q_blocks, kv_blocks]``; -inf is never kept,
-            +inf and nan go first.
+            +inf goes first. nan is kept whatever the budget, so that a fault upstream shows as it
+            does in dense attention.
         cost: Of each pair, at least 0, broadcasts to ``value``.
         budget: Of each head, broadcasts to ``[batch, heads]``.
 
@@ -157,7 +158,7 @@ def select_budget(value: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
         paid = (spent <= limit[:, part]).sum(-1, keepdim=True)
         following = order.gather(-1, paid.clamp(max=order.shape[-1] - 1))
         border = flat.gather(-1, following).masked_fill(paid == order.shape[-1], -torch.inf)
-        mask[:, part] = worth > border[..., None]
+        mask[:, part] = (worth > border[..., None]) | value[:, part].isnan()
     return mask
 
 

@@ -217,6 +217,21 @@ def test_select_budget_in_loops(batch, heads, rows, blocks, seed):
             assert {tuple(p) for p in mask[b, h].nonzero().tolist()} == kept
 
 
+@pytest.mark.parametrize("compensate", ["none", "means"])
+@pytest.mark.parametrize("select", ["budget", "top_k", "top_p", "threshold"])
+@pytest.mark.parametrize("order", ["tiles", "clusters"])
+def test_nan_in_a_key_is_not_dropped(order, select, compensate):
+    """A fault upstream shows as in dense attention, however small the budget is."""
+    call = make_call(LatentsGrid(4, 4, 4), 3, heads=2)
+    call.key[0, 60, 0] = math.nan
+    method = Composed(
+        order, order, "centroid", select, compensate, density=0.2, tile=(2, 2, 2), block_size=8
+    )
+    _, output = run(method, call, Backends("reference"))
+    assert bool(output[0, :, 0].isnan().all())
+    assert bool(output[0, :, 1].isfinite().all())
+
+
 @given(runs(num_steps=1), block_sizes, st.sampled_from([-0.5, 0.0, 0.8, 1.5]))
 def test_a_threshold_counts_standard_deviations_of_a_row(calls, block_size, threshold):
     call = calls[0]
