@@ -179,6 +179,11 @@ class Composed(Method):
         return "clusters" in {self.query_order, self.key_order}
 
     @property
+    def period(self) -> int | None:
+        """Steps from one dense call, which gives the exact mass, to the next."""
+        return self.refresh if self.score == "mass" else None
+
+    @property
     def asked_density(self) -> float | None:
         """The density of a budget; what other selections keep depends on the content or grid."""
         return self.density if self.select == "budget" else None

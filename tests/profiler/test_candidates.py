@@ -162,3 +162,13 @@ def test_presets_fit_any_grid(preset, grid):
     assert len({candidate.name for candidate in found}) == len(found)
     for candidate in found:
         assert candidate.instance is candidate.instance
+
+
+@pytest.mark.parametrize(
+    ("text", "dense"),
+    [("composed:score=mass:select=top_k:refresh=4", 3), ("composed", 0), ("adaspa@0.25", 1)],
+)
+def test_dense_calls_of_a_band_are_counted(text, dense):
+    name, _, level = text.partition("@")
+    found = [c for c in resolve(parse_candidates(name), GRID) if not level or level in c.name]
+    assert {candidate.dense_steps(9) for candidate in found} == {dense}
