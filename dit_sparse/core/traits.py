@@ -105,6 +105,11 @@ class Traits(Protocol):
         return 0.0
 
     @property
+    def compensates(self) -> bool:
+        """Whether it makes up for what it drops, by means or by pooled keys."""
+        return self.extra_density > 0 or getattr(self, "compensate", "none") != "none"
+
+    @property
     def period(self) -> int | None:
         """Steps from one dense refresh to the next; None: it never refreshes."""
         return None

@@ -90,6 +90,11 @@ class Centroid(Method):
             raise StrategyError(f"queries must be 'clusters' or 'tiles', got {self.queries!r:.40}")
         self._pieces()
 
+    @property
+    def compensates(self) -> bool:
+        """Every dropped cluster is read as its centroid."""
+        return True
+
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Centroid:
         """Let given numbers of clusters grow with the tokens."""
         grown = self._pieces().rescaled(old, new)

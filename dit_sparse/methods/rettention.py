@@ -61,7 +61,7 @@ class Rettention(Method):
     Any method that chooses blocks can be the mask. A dynamic one chooses on refresh steps, by
     their queries and keys, and its plan is kept until the next refresh, as the ratio and the
     residual hold for that plan only; it has a memory of its own (centroids, an older choice), and
-    a ``refresh`` of its own counts steps too. Refused are methods that search by dense calls of
+    a ``refresh`` of its own counts steps too. Refused are methods that make dense calls of
     their own, and methods that compensate for what they drop: the residual does so.
 
     Memory: one [batch, video tokens, heads, head_dim] residual for each layer and branch, 31 GB
@@ -270,8 +270,8 @@ def _unfit(mask: Method) -> str:
     if mask.at_start:
         return "it searches by dense calls of its own; try 'pooled' or 'xattention'"
     if mask.period is not None:
-        return "it refreshes and compensates by itself"
-    if mask.extra_density or getattr(mask, "compensate", "none") != "none":
+        return "it refreshes by dense calls of its own; try 'pooled' or 'xattention'"
+    if mask.compensates:
         return "it compensates by itself for what it drops, and so does the residual"
     return ""
 

@@ -203,6 +203,14 @@ def test_nested_params_travel_and_are_hashable():
             {"mask": "svg2", "mask_params": {"compensate": "means"}},
             "mask: 'svg2' cannot be .*: it compensates by itself",
         ),
+        ({"mask": "centroid"}, "mask: 'centroid' cannot be .*: it compensates by itself"),
+        (
+            {
+                "mask": "composed",
+                "mask_params": {"compensate": "none", "score": "mass", "refresh": 4},
+            },
+            "mask: 'composed' cannot be .*: it refreshes by dense calls of its own",
+        ),
         ({"mask": "x"}, "mask must name a method that chooses blocks, got 'x'; try 'window'"),
         ({"mask_params": {"decay": 1}}, "mask_params: unknown key 'decay'.*; radial takes: form"),
         ({"mask_params": {"decay_factor": 0}}, "mask_params: decay_factor must be .* above 0"),
