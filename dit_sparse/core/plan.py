@@ -355,8 +355,6 @@ class BlockPlan:
         """Read every block that a row drops as its mean; see ``means``."""
         if self.complete or self.means:
             return self
-        if self.kv_log_weight is not None:
-            raise PlanError("a plan whose keys have weights already cannot add means of blocks")
         return self.once("with means", lambda: replace(self, means=True))
 
     def to(self, device: torch.device | str) -> BlockPlan:
@@ -417,6 +415,8 @@ def _check_structure(plan: BlockPlan) -> None:
         )
     if counts.shape[-1] != plan.q.blocks:
         raise PlanError(f"lists for {counts.shape[-1]} query blocks, layout has {plan.q.blocks}")
+    if plan.means and plan.kv_log_weight is not None:
+        raise PlanError("a plan whose keys have weights already cannot add means of blocks")
     if (plan.partial is None) != (plan.tiles is None):
         raise PlanError("partial and tiles go together: give both or neither")
     if plan.partial is not None and plan.tiles is not None:

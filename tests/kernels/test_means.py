@@ -185,6 +185,8 @@ def test_weighted_keys_are_refused():
     plan = replace(half_kept(), kv_log_weight=torch.zeros(1, 1, 96))
     with pytest.raises(PlanError, match="weights already"):
         plan.with_means()
+    with pytest.raises(PlanError, match="weights already"):
+        replace(half_kept().with_means(), kv_log_weight=torch.zeros(1, 1, 96))
 
 
 def test_a_file_keeps_it(tmp_path):
