@@ -64,9 +64,13 @@ def check_trainable(strategy: Strategy) -> None:
     A training step is one step alone.
     """
     for place, rule in enumerate(strategy.rules):
-        if rule.instance.untrainable:
+        method = rule.instance
+        reason = method.untrainable
+        if method.period is not None and not reason:
+            reason = "its first call is dense, and only later steps are sparse"
+        if reason:
             raise DistillError(
                 f"{strategy.name}: rules[{place}]: {rule.method} cannot be trained with: "
-                f"{rule.instance.untrainable}; choose a method that plans each step on its own, "
+                f"{reason}; choose a method that plans each step on its own, "
                 "such as blade, pooled, radial or sliding windows"
             )

@@ -66,6 +66,7 @@ class SparseD(Method):
     )
     example: ClassVar[Params] = {"density": 0.4, "search_step": 0.0, "block_size": 8}
     at_start: ClassVar[Params] = {"search_step": 0.0}
+    untrainable: ClassVar[str] = "its search is a dense call, and only later steps are sparse"
     stays: ClassVar[str] = "density is a share of blocks, the search a fraction of the run"
 
     density: float = 0.3

@@ -164,7 +164,20 @@ class _Wrong:
         return LatentsGrid(1, 1, 1)
 
 
-@pytest.mark.parametrize("method", ["adaspa", "rettention"])
-def test_methods_that_live_on_earlier_steps_are_refused(method):
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("adaspa", {}),
+        ("rettention", {}),
+        ("sparsed", {}),
+        ("composed", {"score": "mass", "refresh": 2}),
+    ],
+)
+def test_methods_that_live_on_earlier_steps_are_refused(method, params):
     with pytest.raises(DistillError, match=rf"rules\[0\]: {method} cannot be trained"):
-        check_trainable(Strategy.single(method))
+        check_trainable(Strategy.single(method, **params))
+
+
+@pytest.mark.parametrize("method", ["centroid", "composed", "svg2"])
+def test_methods_that_choose_on_every_step_are_allowed(method):
+    check_trainable(Strategy.single(method))
