@@ -47,7 +47,8 @@ class Centroid(Method):
 
     Args:
         density: Share of the video's pairs that is computed, centroids included, in (0, 1]; on
-            top comes the text. Higher is closer to dense and slower.
+            top comes the text. Higher is closer to dense and slower. Centroids are always read:
+            where they alone exceed it (4 / sqrt(tokens) by default) nothing is read exactly.
         queries: "clusters", or "tiles": boxes of ``tile``, cheaper by the queries' clustering and
             a little less exact.
         query_clusters: 1 to 4096; 0: twice the square root of the video's tokens.
