@@ -245,7 +245,8 @@ def without(plan: BlockPlan, heads: tuple[int, ...], gone: Iterable[int]) -> Blo
     """Let some heads of a plan keep nothing, so that no kernel computes them.
 
     Their output is 0, and their LSE -inf, by the kernel contract; a method's ``finish`` sees them
-    so. With ``means`` they still read the mean of every block, which nobody uses. A complete plan stays as it is: methods remember what it gives, for all heads.
+    so. With ``means`` they still read the mean of every block, which nobody uses. A complete plan
+    stays as it is: methods remember what it gives, for all heads.
 
     Args:
         plan: For ``heads``.

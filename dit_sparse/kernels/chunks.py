@@ -156,7 +156,7 @@ def indexed_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:
 
 
 def bagged_sums(x: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """Sum bags of rows on the CPU: the same bits as ``indexed_sums``, some times faster."""
+    """Sum bags of rows on the CPU: the same bits as ``indexed_sums``, several times faster."""
     groups, rows, dim = x.shape
     small = segment.to(torch.int16 if segments < 1 << 15 else torch.int32)
     order = torch.from_numpy(small.numpy().argsort(-1, kind="stable"))  # of 16 bits: by radix

@@ -126,7 +126,7 @@ def _bias(plan: BlockPlan, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _rows_of(bias: Tensor, block: Tensor) -> Tensor:
-    """Spell rows of blocks out over tokens: ``[batch|1, heads|1, tokens, kv_blocks]``."""
+    """Expand rows of blocks to tokens: ``[batch|1, heads|1, tokens, kv_blocks]``."""
     lead = torch.broadcast_shapes(bias.shape[:2], block.shape[:2])
     index = block.expand(*lead, -1)[..., None].expand(*lead, -1, bias.shape[-1])
     return bias.expand(*lead, -1, -1).gather(2, index)

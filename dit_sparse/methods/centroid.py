@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 class Centroid(Method):
     """Read the clusters of keys that matter key by key, every other one as its centroid.
 
-    K-means (Lloyd, Euclidean) groups the video's keys, and apart from them its queries. A query
-    group weighs a key cluster of n keys by n exp(c_i . c_j * scale) (centroids c, fp32). The pairs
-    of a head that hold most weight per key are computed exactly, until ``density`` of its pairs
-    are used up; every other cluster is one key, its mean key and mean value with + ln n. Queries
-    that look everywhere so get more than those that look at one place.
+    K-means (Lloyd, Euclidean) groups the video's keys and, separately, its queries. A query group
+    weighs a key cluster of n keys by n exp(c_i . c_j * scale) (centroids c, fp32). The pairs of a
+    head that hold most weight per key are computed exactly, until ``density`` of its pairs are
+    used up; every other cluster is one key, its mean key and mean value with + ln n. Queries with
+    broad attention therefore get more exact keys than those with narrow attention.
 
-    It is ``composed`` with clusters, centroid scores, a budget and means. Clusters live on: each
-    choice starts from the last centroids, and few iterations do, because means make up for what
-    clusters miss. Means are of every step's own keys, also while a choice is reused.
+    It is ``composed`` with clusters, centroid scores, a budget and means. Each choice starts from
+    the previous centroids, so few iterations suffice. Means are of every step's own keys, also
+    while a choice is reused.
 
     Text queries and text keys are kept whole; padding takes no part. Samples, heads and CFG
     branches have clusters of their own.

@@ -56,9 +56,9 @@ class Composed(Method):
     """Choose pairs of token groups by pieces that are named.
 
     The video's tokens stand in groups, queries and keys in orders of their own. Each pair of a
-    query group and a key group gets a score, a selection keeps some pairs, and dropped ones may
-    be read as their means. Text queries and text keys are kept whole; padding takes no part.
-    Samples, heads and CFG branches choose apart. The defaults need no clustering: 3-D tiles by
+    query group and a key group gets a score, a selection keeps some pairs, and dropped ones may be
+    read as their means. Text queries and text keys are kept whole; padding takes no part. Samples,
+    heads and CFG branches choose independently. The defaults need no clustering: 3-D tiles by
     their means, with means of what is dropped.
 
     Without compensation every query group keeps its best key group, whatever the selection says.
@@ -73,15 +73,15 @@ class Composed(Method):
             the group, as a softmax over groups of unequal size wants it. "maximum": BLADE's
             largest sampled weight, not for a budget. "antidiagonal": XAttention's estimate of the
             mass. "mass": the exact softmax mass; the call that chooses is then dense. The last
-            three know no clusters.
+            three do not support clusters.
         select: "budget": the pairs of a head that hold most weight per key, until ``density`` is
             used up, so that query groups differ in what they keep. "top_k": a fixed share of key
             groups for every query group. "top_p": the fewest key groups that hold ``top_p`` of
             its weight. "threshold": scores above the row's mean by ``threshold`` of its standard
             deviations.
         compensate: "none", or "means": each dropped key block is read as one key, its mean key and
-            mean value with + ln n, in one softmax with the kept keys. (What was dropped as it was
-            at the last dense step: the method ``rettention`` with a mask of this method.)
+            mean value with + ln n, in one softmax with the kept keys. (For the dropped keys' part
+            at the last dense step, use ``rettention`` with a mask of this method.)
         density: For budget and top_k, in (0, 1]. Budget: share of the video's pairs, means
             included. top_k: share of key groups, rounded half up; means come on top.
         top_p: For top_p: share of the weight to hold, in (0, 1].

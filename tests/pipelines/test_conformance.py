@@ -151,8 +151,26 @@ def counted(known, plan, call, i_batch, i_head):
         tokens = call.grid.tokens
         mask = kept_keys(plan, i_batch, i_head, range(tokens))
         living = tokens - call.grid.text_length + key[3]
-        known[key] = (plan, int(mask.sum()) / (tokens * living))  # the plan: its id stays taken
+        pairs = int(mask.sum()) + (read_as_means(plan, mask, i_batch, i_head) if plan.means else 0)
+        known[key] = (plan, pairs / (tokens * living))  # the plan: its id stays taken
     return known[key][1]
+
+
+def read_as_means(plan, mask, i_batch, i_head):
+    """Pairs of a query token and a key block of which it reads no token."""
+
+    def own(tensor):
+        return tensor[i_batch % tensor.shape[0], i_head % tensor.shape[1]]
+
+    order = (
+        torch.arange(mask.shape[1]) if plan.kv_permutation is None else own(plan.kv_permutation)
+    )
+    blocks = zip(own(plan.kv.starts).tolist(), own(plan.kv.lengths).tolist(), strict=True)
+    return sum(
+        int((~mask[:, order[start : start + length]].any(1)).sum())
+        for start, length in blocks
+        if length
+    )
 
 
 def valid_text(call, i_batch):
