@@ -169,7 +169,7 @@ def test_a_forecast_needs_no_weights_and_no_output(wan, tmp_path):
     told = " ".join(result.stdout.split())
     assert "20 steps of 2 passes" in told
     assert "for 6 prompts x seeds" in told
-    assert "try 18 candidates on 36 calls" in told  # 6 layers, 3 bands, 2 captures
+    assert "try 21 candidates on 36 calls" in told  # 6 layers, 3 bands, 2 captures
     assert "600 TFLOP/s in attention" in told
     assert "--candidates quick,rettention,-rettention" in told
     one = run(tmp_path, "--prompts", "1", "--guidance-scale", "1", *more)

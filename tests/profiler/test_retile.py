@@ -147,7 +147,14 @@ BANDS = Bands((0.0, 0.5, 1.0))
 
 
 def candidate(density, block=9):
-    params = {"select": "top_k", "density": density, "top_p": 0.9, "floor": 0.0, "refresh": 1}
+    params = {
+        "select": "top_k",
+        "density": density,
+        "top_p": 0.9,
+        "floor": 0.0,
+        "refresh": 1,
+        "compensate": "none",
+    }
     return Candidate(f"pooled@{density}", "pooled", {**params, "block_size": block})
 
 
