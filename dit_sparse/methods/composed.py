@@ -27,6 +27,7 @@ from dit_sparse.methods.lists import (
     check_refresh,
     check_seed,
     check_share,
+    compensated,
     head_numbers,
     identity,
     select_by_two,
@@ -201,11 +202,7 @@ class Composed(Method):
 
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Composed:
         """Let given numbers of clusters grow with the tokens."""
-        grown = new.video_tokens / old.video_tokens
-        q, k = (
-            min(max(1, round(n * grown)), MAX_CLUSTERS) if n else 0
-            for n in (self.query_clusters, self.key_clusters)
-        )
+        q, k = (grown(n, old, new) for n in (self.query_clusters, self.key_clusters))
         return replace(self, query_clusters=q, key_clusters=k)
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:
@@ -220,8 +217,9 @@ class Composed(Method):
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Group and choose, or reuse the last choice."""
+        everything = call.layout(self.block_size), call.key_layout(self.block_size)
         if self._keeps_all:
-            return BlockPlan.full(call.layout(self.block_size), call.key_layout(self.block_size))
+            return BlockPlan.full(*everything)
         call.grid.check_blocks(self.block_size)
         state = call.state
         if state.get("for") != identity(call) or call.step < state["made"]:
@@ -229,9 +227,7 @@ class Composed(Method):
         if "mask" not in state or call.step - state["made"] >= self.refresh:
             if self.score == "mass":
                 state.clear()
-                return BlockPlan.full(
-                    call.layout(self.block_size), call.key_layout(self.block_size)
-                )
+                return BlockPlan.full(*everything)
             self._choose(call, ops, None)
         plan = plan_groups(call, state["q"], state["kv"], state["mask"], ops)
         if self.refresh == 1:  # nobody will ask for them again
@@ -241,7 +237,7 @@ class Composed(Method):
             plan = replace(plan, q_permutation=None)
         if self.key_order == "raster":
             plan = replace(plan, kv_permutation=None)
-        return plan.with_means() if self.compensate == "means" else plan
+        return compensated(plan, self.compensate)
 
     def finish(self, call: AttentionCall, output: Tensor, lse: Tensor, ops: Ops) -> Tensor:
         """Choose by mass after the dense call; returns ``output`` as it is."""
@@ -413,6 +409,13 @@ def _best(score: Tensor, living: Tensor) -> Tensor:
     """Mark the best group of each row that has keys."""
     best = score.masked_fill(~living, -torch.inf).argmax(-1, keepdim=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, value=True)
+
+
+def grown(clusters: int, old: LatentsGrid, new: LatentsGrid) -> int:
+    """Let a number of clusters grow with the tokens, up to the most that there may be; 0 stays."""
+    if not clusters:
+        return 0
+    return min(max(1, round(clusters * new.video_tokens / old.video_tokens)), MAX_CLUSTERS)
 
 
 def check_tile(tile: tuple[int, ...]) -> None:

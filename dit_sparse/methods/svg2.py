@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dit_sparse.core.call import Method
-from dit_sparse.methods.composed import Composed
+from dit_sparse.methods.composed import Composed, grown
 from dit_sparse.methods.levels import threshold_at
 from dit_sparse.methods.lists import (
     check_block_size,
@@ -124,8 +124,7 @@ class SVG2(Method):
 
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> SVG2:
         """Let the clusters grow with the tokens."""
-        grown = new.video_tokens / old.video_tokens
-        q, k = (max(1, round(n * grown)) for n in (self.query_clusters, self.key_clusters))
+        q, k = (grown(n, old, new) for n in (self.query_clusters, self.key_clusters))
         return replace(self, query_clusters=q, key_clusters=k)
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002

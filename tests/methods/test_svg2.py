@@ -277,6 +277,12 @@ def test_published_counts_stand_on_published_grids():
     assert SVG2(block_size=1024).clusters(1) == (1, 1)
 
 
+def test_clusters_grow_with_the_grid_up_to_the_most_that_may_be():
+    small, large = LatentsGrid(2, 10, 10), LatentsGrid(20, 100, 100)
+    assert SVG2(100, 1000).rescaled(small, LatentsGrid(4, 10, 10)).key_clusters == 2000
+    assert SVG2(100, 1000).rescaled(small, large).key_clusters == 4096
+
+
 @pytest.mark.parametrize("compensate", ["none", "means"])
 def test_planning_at_hunyuan_720p_never_reads_the_device(compensate):
     class Meta(NaiveOps):
