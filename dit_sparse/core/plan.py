@@ -416,7 +416,7 @@ def _check_structure(plan: BlockPlan) -> None:
     if counts.shape[-1] != plan.q.blocks:
         raise PlanError(f"lists for {counts.shape[-1]} query blocks, layout has {plan.q.blocks}")
     if plan.means and plan.kv_log_weight is not None:
-        raise PlanError("a plan whose keys have weights already cannot add means of blocks")
+        raise PlanError("a plan cannot have both kv_log_weight and means; leave one out")
     if (plan.partial is None) != (plan.tiles is None):
         raise PlanError("partial and tiles go together: give both or neither")
     if plan.partial is not None and plan.tiles is not None:

@@ -165,13 +165,13 @@ class Composed(Method):
             )
         if self.score == "maximum" and self.select == "budget":
             raise StrategyError(
-                "score 'maximum' is 1 for the best blocks of every row, so it ranks the blocks of "
-                "one row only, got select 'budget'; try 'top_k'"
+                "score 'maximum' only ranks blocks within a row, so it cannot be used with select "
+                "'budget'; try 'top_k'"
             )
         if self.score == "mass" and self.refresh < 2:
             raise StrategyError(
-                "score 'mass' is of a dense call, so a choice must live for later steps: refresh "
-                f"must be at least 2, got {self.refresh}; try 4"
+                "score 'mass' makes the choosing call dense, so later steps must reuse its "
+                f"choice: refresh must be at least 2, got {self.refresh}; try 4"
             )
 
     @property

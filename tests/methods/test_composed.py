@@ -343,6 +343,7 @@ def test_means_come_closer_than_dropping_at_equal_density():
             {"score": "maximum", "key_order": "clusters"},
             "score 'maximum' scores blocks of a fixed",
         ),
+        ({"score": "maximum"}, "only ranks blocks within a row, .* select 'budget'; try 'top_k'"),
         ({"score": "mass"}, "refresh must be at least 2, got 1; try 4"),
         ({"threshold": 11.0}, r"threshold must lie in \[-10, 10\] standard deviations, got 11.0"),
         ({"tile": (16, 16, 16)}, "tile must hold three counts .* got .16, 16, 16."),
