@@ -85,8 +85,8 @@ def run(
     candidates: Annotated[
         str,
         typer.Option(
-            help="Methods with commas, as in radial,adaspa:density=0.25; a bare name stands for "
-            "three densities. Presets: default, quick, sparse-vdit."
+            help="Methods with commas, as in radial,svg2:compensate=means,adaspa@0.3; without @ "
+            "a name stands for three densities. Presets: default, quick, sparse-vdit."
         ),
     ] = "default",
     target: Annotated[
@@ -140,6 +140,16 @@ def run(
             **HOW,
         ),
     ] = "auto",
+    shortlist: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Candidates that are measured on all calls, at most: one more generation screens "
+            "the others out and sets densities. 0: no screening.",
+            **HOW,
+        ),
+    ] = 18,
     sequential: Annotated[
         Literal["none", "bands", "layers"],
         typer.Option(
@@ -196,7 +206,7 @@ def run(
 
         tell(
             model, (height, width, frames), steps, guidance_scale, len(texts) * len(numbers),
-            candidates, _edges(bands), captures, rows, sequential,
+            candidates, _edges(bands), captures, rows, shortlist, sequential,
             check=check, timing=costs == "measured", state_limit=state_limit,
         )  # fmt: skip
         return
@@ -234,7 +244,7 @@ def run(
     settings = asked.over(defaults)
     arguments = call_arguments(pipe, texts[0], settings)
     arguments.pop("prompt")
-    how = f"--sample {sample} --sequential {sequential}"
+    how = f"--sample {sample} --shortlist {shortlist} --sequential {sequential}"
     how += "".join(f" --lora {replace(each, source=Path(each.source).name)}" for each in loras)
     command = _command(model, prompts, candidates, wish, seeds, edges.edges, how, settings)
     try:
@@ -256,6 +266,7 @@ def run(
                 state=state,
                 state_limit=int(state_limit * 2**30),
                 sample=rows,
+                shortlist=shortlist,
                 sequential=sequential,
                 progress=Shown(shown),
             )

@@ -26,6 +26,7 @@ def tell(
     edges: tuple[float, ...],
     captures: int,
     sample: int | None,
+    shortlist: int,
     sequential: str,
     *,
     check: bool,
@@ -44,6 +45,7 @@ def tell(
         edges: Of the step bands.
         captures: Captured calls of a layer and band.
         sample: Rows that are compared.
+        shortlist: Candidates that are measured on all calls, at most; 0: all.
         sequential: As ``profile`` takes it.
         check: The strategy is run once at the end.
         timing: Costs are measured.
@@ -55,7 +57,10 @@ def tell(
         from dit_sparse.profiler.capture import Bands, Measuring
         from dit_sparse.profiler.expected import expected
 
-        how = Measuring(parse_candidates(candidates), Bands(edges, captures), sample)
+        how = Measuring(
+            parse_candidates(candidates), Bands(edges, captures), sample,
+            int(state_limit * 2**30), shortlist,
+        )  # fmt: skip
         known, vae = read_model(model)
         height, width = size[0] or known.height, size[1] or known.width
         frames, count = size[2] or known.num_frames, steps or known.num_steps
@@ -68,7 +73,7 @@ def tell(
         )  # fmt: skip
     length = f", {frames} frames" if frames > 1 else ""
     title = f"{model}, {height} x {width} pixels{length}, {count} steps of {passes} passes"
-    OUT.print(_table(told, title, len(how.wanted)))
+    OUT.print(_table(told, title, how.measured))
     if told.state_bytes > state_limit * 2**30:
         most = max(told.state, key=lambda name: told.state[name])
         warning = (
@@ -96,6 +101,7 @@ def _table(told: Expected, title: str, candidates: int) -> Table:
                 f"to try {candidates} candidates on {told.captured} calls"
             ),
         ),
+        *([("screening", f"{told.screening:.2f} generations, once")] if told.screening else []),
         ("micro-benchmark", f"{told.timing:.2f} generations, once"),
         ("check at the end", f"{told.check:g} generations, once"),
         ("in all", f"{_time(told.seconds)} for {told.units} prompts x seeds"),

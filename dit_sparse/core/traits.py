@@ -41,6 +41,10 @@ class Traits(Protocol):
     """The profiler's presets that include it, and its candidates in each: ``KEY=VALUE`` params,
     or "" for the method's bare name."""
 
+    density_params: ClassVar[tuple[str, ...]] = ("density",)
+    """Params that decide what share it keeps. Where a candidate gives none of them, the profiler
+    tries several densities."""
+
     at_start: ClassVar[Params] = {}
     """Params that make it search on the first step it sees, with a dense call. The profiler sets
     them, as every step band starts with a search. Empty: it never searches."""
@@ -81,7 +85,7 @@ class Traits(Protocol):
         Returns:
             Their params, and whether each is tried at several densities (``at_density``).
         """
-        return [(params, not params)]
+        return [(params, not set(cls.density_params).intersection(params))]
 
     @property
     def keeps_all(self) -> bool:

@@ -77,7 +77,10 @@ class AdaSpa(Method):
         "(AdaSpa, 2502.21079)"
     )
     example: ClassVar[Params] = {"density": 0.4, "search_steps": [0.0, 0.5], "block_size": 8}
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "default": ("", "compensate=means"),
+        "quick": ("",),
+    }
     at_start: ClassVar[Params] = {"search_steps": [0.0]}
     alone: ClassVar[Params] = {"recall_threshold": 1.0}  # levels compare the heads of a launch
     untrainable: ClassVar[str] = "it chooses by the log-sum-exps of an earlier step"

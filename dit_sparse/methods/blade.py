@@ -34,6 +34,8 @@ from dit_sparse.methods.lists import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.core.call import AttentionCall, Ops
@@ -99,6 +101,7 @@ class Blade(Method):
     everything: ClassVar[Params] = {"density": 1.0, "threshold": 1.0}
     example: ClassVar[Params] = {"density": 0.4, "samples": 4, "pooled": 6, "block_size": 8}
     cheap_planning: ClassVar[Params] = {"refresh": 4}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
     stays: ClassVar[str] = (
         "density, floor and threshold are shares; a pooled key stands for as many tokens"
     )

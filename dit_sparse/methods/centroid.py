@@ -17,6 +17,8 @@ from dit_sparse.errors import StrategyError
 from dit_sparse.methods.composed import Composed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dit_sparse.core.call import AttentionCall, Ops
     from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.core.plan import BlockPlan
@@ -69,6 +71,7 @@ class Centroid(Method):
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
     cheap_planning: ClassVar[Params] = {"refresh": 4}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "queries=tiles")}
     stays: ClassVar[str] = "density is a share, clusters follow the tokens unless they are given"
 
     density: float = 0.25

@@ -109,7 +109,10 @@ class Composed(Method):
         "means of what is dropped (pieces of GNA, 2504.16922, and BLADE, 2508.10774)"
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "default": ("", "score=maximum:select=top_k", "query_order=hilbert:key_order=hilbert"),
+        "quick": ("",),
+    }
     stays: ClassVar[str] = "density, top_p and floor are shares; a tile holds as many tokens"
 
     query_order: Order = "tiles"
@@ -199,6 +202,12 @@ class Composed(Method):
     def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
         """Give the budget."""
         return {"density": density}
+
+    @classmethod
+    def choices(cls, params: Params) -> list[tuple[Params, bool]]:
+        """Try several densities where the selection goes by density."""
+        by_density = params.get("select", "budget") in {"budget", "top_k"}
+        return [(params, by_density and "density" not in params)]
 
     def rescaled(self, old: LatentsGrid, new: LatentsGrid) -> Composed:
         """Let given numbers of clusters grow with the tokens."""

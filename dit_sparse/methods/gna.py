@@ -24,6 +24,8 @@ from dit_sparse.methods.order import fitted_tile
 from dit_sparse.methods.windows import AxisRule, product_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from dit_sparse.core.call import AttentionCall, Ops
@@ -77,6 +79,8 @@ class GNA(Method):
     static: ClassVar[bool] = True
     everything: ClassVar[Params] = {"window": [MAX_COUNT] * 3}
     example: ClassVar[Params] = {"window": [2, 3, 3], "tile": [2, 2, 2]}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
+    density_params: ClassVar[tuple[str, ...]] = ("window",)
     stays: ClassVar[str] = "stride, dilation and tile are tokens of a block"
 
     window: tuple[int, int, int] = (18, 24, 24)

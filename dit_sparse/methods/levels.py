@@ -21,7 +21,7 @@ _BISECTIONS = 12
 
 def threshold_at(density: float) -> float:
     """Guess the threshold of a top-p rule that keeps about ``density``: the content decides."""
-    return float(np.interp(density, (0.125, 0.25, 0.5, 1.0), (0.6, 0.8, 0.95, 1.0)))
+    return float(np.interp(density, (0.0, 0.125, 0.25, 0.5, 1.0), (0.0, 0.6, 0.8, 0.95, 1.0)))
 
 
 def static_density(method: Method, grid: LatentsGrid) -> float:

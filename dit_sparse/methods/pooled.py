@@ -64,6 +64,7 @@ class Pooled(Method):
     )
     example: ClassVar[Params] = {"density": 0.4, "block_size": 8, "refresh": 2}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    density_params: ClassVar[tuple[str, ...]] = ("density", "select", "top_p")
     stays: ClassVar[str] = "density, top_p and floor are shares"
 
     select: Literal["top_k", "top_p"] = "top_k"

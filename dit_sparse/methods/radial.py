@@ -83,7 +83,11 @@ class Radial(Method):
     static: ClassVar[bool] = True
     everything: ClassVar[Params] = {"decay_factor": 1e9}
     example: ClassVar[Params] = {"decay_factor": 0.3, "block_size": 8}
-    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "default": ("", "compensate=means"),
+        "quick": ("",),
+    }
+    density_params: ClassVar[tuple[str, ...]] = ("decay_factor",)
     stays: ClassVar[str] = "windows are shares of a frame, halved as frames stand further apart"
 
     form: Literal["paper", "released"] = "paper"

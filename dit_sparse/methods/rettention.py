@@ -88,6 +88,7 @@ class Rettention(Method):
     everything: ClassVar[Params] = {"mask_params": {"decay_factor": 1e9}}
     example: ClassVar[Params] = {"mask_params": Radial.example, "refresh": 3}
     untrainable: ClassVar[str] = "it adds what an earlier step left"
+    density_params: ClassVar[tuple[str, ...]] = ("mask", "mask_params")
     stays: ClassVar[str] = "refresh and ramp count steps"
 
     mask: str = "radial"

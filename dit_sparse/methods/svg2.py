@@ -24,6 +24,8 @@ from dit_sparse.methods.lists import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dit_sparse.core.call import AttentionCall, Ops
     from dit_sparse.core.grid import LatentsGrid
     from dit_sparse.core.plan import BlockPlan
@@ -86,6 +88,8 @@ class SVG2(Method):
         "top_p": 0.5, "first_iterations": 5, "compensate": "means", "block_size": 8,
     }  # fmt: skip
     cheap_planning: ClassVar[Params] = {"refresh": 4, "first_iterations": 10}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
+    density_params: ClassVar[tuple[str, ...]] = ("top_p",)
     stays: ClassVar[str] = "top_p and floor are shares"
 
     query_clusters: int = 300
@@ -115,7 +119,8 @@ class SVG2(Method):
     @classmethod
     def at_density(cls, density: float, grid: LatentsGrid, block_size: int) -> Params:  # noqa: ARG003
         """Guess ``top_p``; a search needs no more than ten first iterations."""
-        return {"top_p": threshold_at(density), "first_iterations": 10}
+        floor = min(0.1, density)
+        return {"top_p": threshold_at(density), "floor": floor, "first_iterations": 10}
 
     @classmethod
     def knobs(cls, share: float, grid: LatentsGrid, block_size: int) -> tuple[Params, ...]:  # noqa: ARG003

@@ -26,6 +26,8 @@ from dit_sparse.methods.lists import (
 from dit_sparse.methods.windows import AxisRule, product_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.core.call import AttentionCall, Ops
@@ -66,6 +68,8 @@ class Window(Method):
     static: ClassVar[bool] = True
     everything: ClassVar[Params] = {"share": 2.0}
     example: ClassVar[Params] = {"share": 0.25, "block_size": 8}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
+    density_params: ClassVar[tuple[str, ...]] = ("share",)
     stays: ClassVar[str] = "share is a share of a frame's tokens"
 
     share: float = 0.03125

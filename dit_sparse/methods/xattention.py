@@ -27,6 +27,8 @@ from dit_sparse.methods.lists import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from dit_sparse.core.call import AttentionCall, Ops
@@ -73,6 +75,8 @@ class XAttention(Method):
     everything: ClassVar[Params] = {"threshold": 1.0}
     example: ClassVar[Params] = {"threshold": 0.6, "stride": 4, "block_size": 8}
     cheap_planning: ClassVar[Params] = {"refresh": 4}
+    presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
+    density_params: ClassVar[tuple[str, ...]] = ("threshold",)
     stays: ClassVar[str] = "threshold and floor are shares; runs are as long"
 
     threshold: float = 0.9

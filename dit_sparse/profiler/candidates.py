@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The candidates of a search: named choices of a method and its params.
 
-Text names them: ``radial`` (the method at its three levels), ``adaspa:density=0.25`` (one choice;
-further params follow with more colons), or a preset; ``-rettention`` leaves a method out. Items
-are parted by commas; commas inside brackets belong to a param.
+Text names them: ``radial`` (the method at three densities), ``svg2:compensate=means@0.3`` (one
+density; params follow with colons), ``adaspa:density=0.25`` (params that decide the density are
+one choice), or a preset; ``-rettention`` leaves a method out. Items are separated by commas;
+commas inside brackets belong to a param.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +79,53 @@ class Wanted:
     level: float | None = None
 
     @property
-    def text(self) -> str:
-        """The name: the method, what was given, and the level."""
+    def family(self) -> str:
+        """The method and what was given, without the level."""
         parts = [f"{key}={_short(value)}" for key, value in self.params.items()]
-        level = "" if self.level is None else f"@{self.level:g}"
-        return ":".join([self.method, *parts]) + level
+        return ":".join([self.method, *parts])
+
+    @property
+    def text(self) -> str:
+        """The name: the family and the level."""
+        return self.family + ("" if self.level is None else f"@{self.level:g}")
+
+    @property
+    def settled(self) -> bool:
+        """Whether its params alone say what it keeps.
+
+        They do not where the content decides, nor where means are counted on top.
+        """
+        if self.level is None:
+            return True
+        method = build_method(self.method, self.params)
+        told = method.static or method.asked_density is not None
+        return told and "compensate" not in self.params
+
+    def fitted(self, grid: LatentsGrid, asked: float | None = None) -> Candidate:
+        """Fit it to a grid: block size, and the params that give the wanted density.
+
+        Args:
+            grid: Where the tokens stand.
+            asked: Density to ask the method for, in (0, 1]; None: the level. Where the content
+                decides what a method keeps, another number than the level gives the level.
+
+        Raises:
+            ProfileError: A param that the method refuses; names the candidate.
+        """
+        cls, name = method_class(self.method), self.text
+        params = {**cls.alone, **self.params, **cls.at_start}
+        if "block_size" in param_names(self.method):
+            params.setdefault("block_size", block_for(grid))
+        if self.level is not None:
+            asked = self.level if asked is None else asked
+            reached = cls.at_density(asked, grid, params.get("block_size", block_for(grid)))
+            name = name if reached is not None else self.family
+            params = {**(reached or {}), **params}
+        try:
+            method = build_method(self.method, params)
+        except DitSparseError as error:
+            raise ProfileError(f"candidates: {self.text}: {error}") from error
+        return Candidate(name, self.method, params_of(method))
 
 
 def block_for(grid: LatentsGrid) -> int:
@@ -126,7 +170,8 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
                 )
             found = kept
             continue
-        known = item.partition(":")[0] in METHODS  # then no other method need be imported
+        name = item.partition("@")[0].partition(":")[0]
+        known = name in METHODS  # then no other method need be imported
         for one in (item,) if known else presets().get(item, (item,)):
             found += _wanted(one)
     if not found:
@@ -138,35 +183,21 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
 
 
 def resolve(wanted: tuple[Wanted, ...], grid: LatentsGrid) -> tuple[Candidate, ...]:
-    """Fit candidates to a grid: block size, and the params that give the wanted density.
-
-    A method whose params do not decide its density is there once, not at every level.
+    """Fit candidates to a grid; those that come out the same are there once.
 
     Raises:
         ProfileError: A param that the method refuses; names the candidate.
     """
-    block = block_for(grid)
     found: list[Candidate] = []
     for want in wanted:
-        cls, name = method_class(want.method), want.text
-        params = {**cls.alone, **want.params, **cls.at_start}
-        if "block_size" in param_names(want.method):
-            params.setdefault("block_size", block)
-        if want.level is not None:
-            reached = cls.at_density(want.level, grid, block)
-            name = name if reached is not None else replace(want, level=None).text
-            params = {**(reached or {}), **params}
-        try:
-            method = build_method(want.method, params)
-        except DitSparseError as error:
-            raise ProfileError(f"candidates: {want.text}: {error}") from error
-        made = Candidate(name, want.method, params_of(method))
+        made = want.fitted(grid)
         if all((made.method, made.params) != (other.method, other.params) for other in found):
             found.append(made)
     return tuple(found)
 
 
 def _wanted(item: str) -> list[Wanted]:
+    item, level = _level(item)
     name, *pairs = _split(item, ":")
     if name not in METHODS or name == "dense":
         raise ProfileError(
@@ -193,11 +224,30 @@ def _wanted(item: str) -> list[Wanted]:
         build_method(name, params)
     except DitSparseError as error:
         raise ProfileError(f"candidates: {item}: {error}") from error
+    choices = method_class(name).choices(params)
+    if level is not None and not all(levelled for _, levelled in choices):
+        raise ProfileError(
+            f"candidates: {item:.80}@{level:g}: its params decide the density already; leave out "
+            "what stands behind @, or the param"
+        )
     return [
-        Wanted(name, dict(one), level)
-        for one, levelled in method_class(name).choices(params)
-        for level in (LEVELS if levelled else (None,))
+        Wanted(name, dict(one), each)
+        for one, levelled in choices
+        for each in ((LEVELS if level is None else (level,)) if levelled else (None,))
     ]
+
+
+def _level(item: str) -> tuple[str, float | None]:
+    """Cut off the density that stands behind "@"."""
+    base, mark, text = item.rpartition("@")
+    if not mark:
+        return item, None
+    with suppress(ValueError):
+        if 0 < (level := float(text)) <= 1:
+            return base, level
+    raise ProfileError(
+        f"candidates: {item:.80}: wanted a density in (0, 1] after @, got {text!r:.20}"
+    )
 
 
 def _split(text: str, mark: str = ",") -> list[str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dit_sparse.core.plan import BlockPlan
     from dit_sparse.profiler.candidates import Candidate, Wanted
 
+SHORTLIST = 18  # candidates
 SAMPLE_SMALL, SAMPLE = 16, 64  # rows of blocks, below SMALL_GRID tokens and from there on
 BRANCHES = {"cond", "both"}  # the unconditional pass is not measured, it gets the same strategy
 
@@ -88,12 +89,17 @@ class Measuring:
         sample: Rows of blocks on which outputs are compared; 0: all; None: 16 below 8,192
             tokens, 64 from there on.
         state_limit: Bytes that candidates may remember.
+        shortlist: Candidates that are measured on all calls, at most; 0: all that are wanted,
+            each as it is named.
+        listed: The shortlist; None: there is none.
     """
 
     wanted: tuple[Wanted, ...]
     bands: Bands
     sample: int | None = None
     state_limit: int = STATE_LIMIT
+    shortlist: int = SHORTLIST
+    listed: tuple[Candidate, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -101,6 +107,27 @@ class Measuring:
             raise ProfileError(
                 f"sample must be a number of rows from 2 on, or 0 for all, got {self.sample}"
             )
+        if self.shortlist < 0:
+            raise ProfileError(
+                f"shortlist must be a number of candidates from 1, or 0 for all, got "
+                f"{self.shortlist}"
+            )
+
+    @property
+    def screens(self) -> bool:
+        """Whether candidates are screened first: many, or some whose density calls must tell."""
+        if not self.shortlist:
+            return False
+        return len(self.wanted) > self.shortlist or not all(w.settled for w in self.wanted)
+
+    @property
+    def measured(self) -> int:
+        """Candidates that are measured on all calls, at most."""
+        return min(len(self.wanted), self.shortlist or len(self.wanted))
+
+    def candidates(self, grid: LatentsGrid) -> tuple[Candidate, ...]:
+        """Give what is measured on all calls."""
+        return resolve(self.wanted, grid) if self.listed is None else self.listed
 
     def rows(self, grid: LatentsGrid) -> int | None:
         """Give the rows to compare; None: all."""
@@ -173,10 +200,9 @@ class Capture:
             self.tick(len(self.calls), len(self._captured) * self.layers)
 
     def _begin(self, call: AttentionCall) -> None:
-        batch, _, heads, head_dim = call.query.shape
         grid, bands = call.grid, self.how.bands
         self.meter = Meter(
-            resolve(self.how.wanted, grid),
+            self.how.candidates(grid),
             state_limit=self.how.state_limit,
             sample=self.how.rows(grid),
         )
@@ -185,14 +211,7 @@ class Capture:
         if self.band is not None:
             self._captured = {s: b for s, b in self._captured.items() if b == self.band}
             self._stop = bands.steps(call.num_steps)[self.band].stop
-        self.about = {
-            "grid": [grid.frames, grid.height, grid.width, grid.text_length, grid.text_first],
-            "num_steps": call.num_steps,
-            "layers": call.num_layers,
-            "batch": batch,
-            "heads": heads,
-            "head_dim": head_dim,
-        }
+        self.about = about_of(call)
 
     def unit(self) -> dict[str, Any]:
         """Give everything measured as plain data."""
@@ -257,8 +276,14 @@ def call_of(pipe: Any, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
     return made
 
 
-def candidates_of(wanted: tuple[Wanted, ...], about: dict[str, Any]) -> tuple[Candidate, ...]:
-    """Resolve the candidates that a unit was measured with."""
-    from dit_sparse.core.grid import LatentsGrid
-
-    return resolve(wanted, LatentsGrid(*about["grid"]))
+def about_of(call: AttentionCall) -> dict[str, Any]:
+    """Give what all units of a search have in common, as plain data."""
+    grid, (batch, _, heads, head_dim) = call.grid, call.query.shape
+    return {
+        "grid": [grid.frames, grid.height, grid.width, grid.text_length, grid.text_first],
+        "num_steps": call.num_steps,
+        "layers": call.num_layers,
+        "batch": batch,
+        "heads": heads,
+        "head_dim": head_dim,
+    }

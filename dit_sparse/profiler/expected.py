@@ -17,6 +17,7 @@ from dit_sparse.methods import method_class
 from dit_sparse.methods.params import build_method
 from dit_sparse.profiler.candidates import LEVELS, block_for
 from dit_sparse.profiler.cost import SEARCH
+from dit_sparse.profiler.screen import ROWS, screened_layers
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.size import ModelSize
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 OWN = 0.01  # of a dense call: what a candidate takes beside attention, to plan and to be compared
 UNKNOWN = LEVELS[1]  # density of a candidate whose params do not say it
+TRIES = 4  # plans of a candidate on a screened call, to set its density and to measure it
 MICRO_RUNS = 10  # of each candidate's launch, to play a band's start twice and to be timed
 TERA = 1e12
 
@@ -38,6 +40,7 @@ class Expected:
         own: Generations that each unit runs to be measured in.
         measuring: What measuring adds to a unit, in generations.
         timing: The micro-benchmark, in generations, once.
+        screening: Of the candidates, its own generation included, once.
         check: Generations at the end, once.
         units: Prompts times seeds.
         captured: Captured calls of a unit, all layers.
@@ -52,6 +55,7 @@ class Expected:
     units: int
     captured: int
     state: dict[str, int]
+    screening: float = 0.0
 
     @property
     def state_bytes(self) -> int:
@@ -66,7 +70,8 @@ class Expected:
     @property
     def seconds(self) -> float:
         """Seconds of the whole search on one card."""
-        return self.generation * (self.per_unit * self.units + self.timing + self.check)
+        once = self.screening + self.timing + self.check
+        return self.generation * (self.per_unit * self.units + once)
 
 
 def expected(
@@ -103,7 +108,12 @@ def expected(
     batch = passes if size.family.batched_cfg else 1
     calls = sum(first + (count - 1) * later for count in captured.values())
     bands = len(captured)
-    micro = sum(_density(want) for want in how.wanted) / efficiency * MICRO_RUNS * batch
+    kept = sum(_density(want) for want in how.wanted) * _portion(how)
+    micro = kept / efficiency * MICRO_RUNS * batch
+    screening = 0.0
+    if how.screens:
+        pairs = len(screened_layers(size.layers)) * min(bands, 2)
+        screening = 1.0 + pairs * _pair(how, size, efficiency) * call * batch / generation
     return Expected(
         generation,
         (bands + 1) / 2 if sequential == "bands" else 1.0,
@@ -113,17 +123,43 @@ def expected(
         units,
         sum(captured.values()) * size.layers,
         _state(how, size, num_steps, batch),
+        screening,
     )
 
 
+def _portion(how: Measuring) -> float:
+    """Give the share of the candidates that make the shortlist: which ones is not known yet."""
+    return how.measured / len(how.wanted)
+
+
+def _pair(how: Measuring, size: ModelSize, efficiency: float) -> float:
+    """Count the dense calls that screening takes on one layer in one step band."""
+    share = min(1.0, ROWS * block_for(size.grid) / size.grid.tokens)
+    attend = sum(_density(want) for want in how.wanted) / efficiency
+    return 3 + SEARCH + share * attend + TRIES * OWN * len(how.wanted)
+
+
 def _state(how: Measuring, size: ModelSize, num_steps: int, batch: int) -> dict[str, int]:
-    """Play each method by its default params on tensors without data."""
-    found: Counter[str] = Counter()
-    for name, count in Counter(want.method for want in how.wanted).items():
-        method = build_method(name, method_class(name).at_start)
-        one = forecast_method(name, method, size, num_steps, batch).state_bytes
-        found[name] = one * count * size.layers
-    return dict(found)
+    """Play each method by its default params on tensors without data.
+
+    Of many candidates those that remember most are taken to be on the shortlist, as far as it
+    may hold them.
+    """
+    names = [want.method for want in how.wanted]
+    one = {
+        name: forecast_method(
+            name, build_method(name, method_class(name).at_start), size, num_steps, batch
+        ).state_bytes
+        for name in dict.fromkeys(names)
+    }
+    if not how.screens:
+        return {name: one[name] * names.count(name) * size.layers for name in one}
+    found, room = dict.fromkeys(one, 0), how.state_limit
+    for name in sorted(names, key=lambda name: -one[name])[: how.measured]:
+        if one[name] * size.layers <= room:
+            found[name] += one[name] * size.layers
+            room -= one[name] * size.layers
+    return found
 
 
 def _calls(how: Measuring, size: ModelSize, efficiency: float) -> tuple[float, float]:
@@ -135,13 +171,14 @@ def _calls(how: Measuring, size: ModelSize, efficiency: float) -> tuple[float, f
     methods = [build_method(want.method, want.params) for want in how.wanted]
     if any(method.at_start for method in methods):
         first += SEARCH
+    portion = _portion(how)
     for want, method in zip(how.wanted, methods, strict=True):
         attend = _density(want) / efficiency
-        later += share * attend + OWN
+        later += portion * (share * attend + OWN)
         if method.period is not None:
-            first += attend + OWN  # its mask on all rows, beside the dense result
+            first += portion * (attend + OWN)  # its mask on all rows, beside the dense result
         else:
-            first += (0.0 if method.at_start else share * attend) + OWN
+            first += portion * ((0.0 if method.at_start else share * attend) + OWN)
     return first, later
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 STATE_LIMIT = 8 * 2**30  # bytes
 _SCRATCH = 8 * 2**20  # bytes of fp32 differences at a time
-_DENSE_BLOCK = 128
+DENSE_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,29 @@ class Measured:
     searched: bool
 
 
+@dataclass(frozen=True)
+class Screened:
+    """What the screening found of one candidate.
+
+    Args:
+        name: The candidate's.
+        asked: Density that its method was asked for, mean over the screened calls; None: its
+            params are as given.
+        density: Mean kept share of pairs, searching steps left out.
+        error: Root mean square of heads' relative errors.
+        bytes: What it would remember for all layers until a step band ends.
+        rank: Place in the greedy order, from 0; None: it gained nothing, or would remember too
+            much.
+    """
+
+    name: str
+    asked: float | None
+    density: float
+    error: float
+    bytes: int
+    rank: int | None
+
+
 @dataclass
 class Meter:
     """Measures calls of one generation; what methods remember is kept per (site, candidate).
@@ -83,12 +106,19 @@ class Meter:
     sample: int | None = None
     states: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)
-    _sizes: dict[Hashable, int] = field(default_factory=dict)
+    _sizes: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     @property
     def state_bytes(self) -> int:
         """Bytes that candidates remember now."""
         return sum(self._sizes.values())
+
+    def remembered(self) -> dict[str, int]:
+        """Count the bytes that each candidate remembers now."""
+        found: dict[str, int] = {}
+        for (*_, name), size in self._sizes.items():
+            found[name] = found.get(name, 0) + size
+        return found
 
     def forget(self) -> None:
         """Drop what candidates remember: a step band, or a generation, has ended."""
@@ -107,8 +137,8 @@ class Meter:
             Mean square of each head's dense output, and one ``Measured`` per candidate.
         """
         with torch.no_grad():
-            layout = call.layout(_DENSE_BLOCK)
-            everything = BlockPlan.full(layout, call.key_layout(_DENSE_BLOCK))
+            layout = call.layout(DENSE_BLOCK)
+            everything = BlockPlan.full(layout, call.key_layout(DENSE_BLOCK))
             qkv = (call.query, call.key, call.value)
             exact, lse = self.ops.attend(*qkv, everything, call.scale)
             norm = _squares(exact).sum((0, 2), dtype=torch.float64).cpu()
@@ -130,10 +160,10 @@ class Meter:
         norm: Tensor,
     ) -> Measured:
         method = candidate.instance
-        place = (call.stage, call.layer, call.branch, candidate.name)
+        place = (call.stage, str(call.layer), call.branch, candidate.name)
         own = replace(
             call,
-            step=_step(candidate, call.step, first_step),
+            step=step_seen(candidate, call.step, first_step),
             state=self.states.setdefault(place, {}),
             shared=self.shared,
         )
@@ -260,7 +290,7 @@ def _partial_share(plan: BlockPlan) -> float:
     return float((live & (plan.partial >= 0)).sum() / live.sum().clamp(min=1))
 
 
-def _step(candidate: Candidate, step: int, first_step: int) -> int:
+def step_seen(candidate: Candidate, step: int, first_step: int) -> int:
     """Tell a method that refreshes every few steps a step of its first round.
 
     What it remembers is from the band's first step, as the captured steps between are not run;

@@ -11,7 +11,7 @@ from dit_sparse.attach.apply import transformers_of
 from dit_sparse.kernels.dispatch import describe_device
 from dit_sparse.profiler.build import figures, rules_of, strategy_of, versions
 from dit_sparse.profiler.candidates import parse_candidates
-from dit_sparse.profiler.capture import Bands, Measuring, candidates_of
+from dit_sparse.profiler.capture import SHORTLIST, Bands, Measuring
 from dit_sparse.profiler.choose import choose, predicted
 from dit_sparse.profiler.cost import CostModel
 from dit_sparse.profiler.errors import ProfileError
@@ -73,6 +73,7 @@ def profile(
     costs: Literal["measured", "assumed"] = "measured",
     check: bool = True,
     sample: int | None = None,
+    shortlist: int = SHORTLIST,
     sequential: Sequential = "none",
     name: str = "profiled",
     command: str | None = None,
@@ -97,6 +98,9 @@ def profile(
             faster self-attention was and how far the latents moved.
         sample: Rows of blocks on which outputs are compared in each call; 0: all; None: 16 below
             8,192 tokens, 64 from there on.
+        shortlist: Candidates that are measured on all calls, at most. Where more are wanted, or
+            where only calls tell what density a method has, one more generation screens them
+            first. 0: all are measured, as they are named.
         sequential: "bands" measures and decides step bands in order, each with the ones before it
             sparse; "layers" lets every measured layer pass on what it would choose, as
             Sparse-vDiT's search does. Both hold for one wish: another one measures anew.
@@ -114,7 +118,7 @@ def profile(
         UnsupportedError: A pipeline that dit_sparse does not know.
     """
     wish, bands = wish or Wish(), bands or Bands(EDGES)
-    how = Measuring(parse_candidates(candidates), bands, sample, state_limit)
+    how = Measuring(parse_candidates(candidates), bands, sample, state_limit, shortlist)
     if not prompts or not seeds:
         raise ProfileError("at least one prompt and one seed are needed")
     _check_sequential(sequential, wish)
@@ -129,6 +133,7 @@ def profile(
             "bands": list(bands.edges),
             "captures": bands.captures,
             "sample": sample,
+            "shortlist": shortlist,
             "sequential": sequential,
             "calls": [plain(call) for call, _ in jobs],
             "seeds": list(seeds),
@@ -140,9 +145,11 @@ def profile(
             setup |= {"wish": asdict(wish), "costs": costs}
         store.open(setup, fresh=fresh)
     work.wait()
+    if how.screens:
+        work.screen()
 
     def tables(units: Units) -> tuple[tuple[Candidate, ...], dict[Key, Row], dict[str, Any]]:
-        options = candidates_of(how.wanted, units[0]["about"])
+        options = work.candidates(units[0]["about"])
         timed = costs_of(store, options, units[0]["about"], models, costs, progress)
         return options, sum_up(units, options, bands), timed
 
@@ -152,7 +159,7 @@ def profile(
         return dict(zip(rows, choose(cells, rows, wish), strict=True)) if rows else {}
 
     def so_far(choices: Choices) -> Strategy:
-        options = candidates_of(how.wanted, work.units(0)[0]["about"])
+        options = work.candidates(work.units(0)[0]["about"])
         rules = rules_of(choices, options, bands, stages=len(models))
         return Strategy(name="decided so far", rules=rules)
 
@@ -172,6 +179,7 @@ def profile(
         choices = dict(zip(rows, choose(cells, rows, wish), strict=True))
     measured = figures(choices, rows) | predicted(cells, choices) | timed["agreement"]
     rules = rules_of(choices, options, bands, stages=len(models))
+    shortlisted = f" of {len(how.wanted)}" if how.screens else ""
     receipt = Receipt(
         source="searched by dit_sparse.profiler",
         command=command,
@@ -181,9 +189,9 @@ def profile(
         kernel=found[0]["kernel"],
         versions=versions(),
         measured=measured,
-        note=f"Searched for {wish}; {len(options)} candidates, {bands.captures} calls measured a "
-        f"layer and step band. Time model: {model.source}. Errors are of heads' outputs before "
-        f"the projection, {ON_INPUTS[sequential]}.",
+        note=f"Searched for {wish}; {len(options)} candidates{shortlisted}, {bands.captures} "
+        f"calls measured a layer and step band. Time model: {model.source}. Errors are of heads' "
+        f"outputs before the projection, {ON_INPUTS[sequential]}.",
     )
     strategy = strategy_of(name, models, found[0]["about"], rules, receipt)
     if check:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dit_sparse.profiler.cost import CostModel
-from dit_sparse.profiler.measure import Measured
+from dit_sparse.profiler.measure import Measured, Screened
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -97,9 +97,25 @@ class Check(Exact):
     latents_relative_error: float
 
 
+class Listed(Exact):
+    """A candidate of the shortlist."""
+
+    name: str
+    method: str
+    params: dict[str, Any]
+
+
+class Shortlist(Exact):
+    """What the screening chose, and what it saw."""
+
+    candidates: Annotated[list[Listed], Field(min_length=1)]
+    screened: list[Screened]
+
+
 _PER_HEAD = ("error", "doubt", "recall", "density", "computed")
 SCHEMAS: dict[str, type[BaseModel]] = {
     r"unit-.*": Unit,
+    r"shortlist\.json": Shortlist,
     r"costs\.json": Costs,
     r"chosen-.*": Chosen,
     r"check-.*": Check,

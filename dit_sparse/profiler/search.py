@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Field = Literal[0, 1]  # of Option: time, error
 PRICES = 160  # prices of error tried in a cell
 EVERY_SUBSET = 8  # candidates up to which groups are found exactly
+NEIGHBOURS = 10_000  # options of a cell up to which those that differ in one head are added
 PAIRS = 300  # options of all cells up to which pairs are exchanged
 
 
@@ -164,11 +165,14 @@ def sparse_vdit_rule(
 def assign(cell: Cell, price: float) -> Option:
     """Find the choice of a cell with the least time + price * error.
 
-    Exact for up to ``EVERY_SUBSET`` candidates (every set of them is tried); beyond, sets are
-    improved by adding, dropping and exchanging one candidate at a time.
+    Exact where launches cost nothing, and for up to ``EVERY_SUBSET`` candidates (every set of
+    them is tried); beyond, sets are improved by adding, dropping and exchanging one candidate at
+    a time.
     """
     value = cell.time + price * cell.steps * cell.error
     heads, count = value.shape
+    if not cell.launch.any():
+        return option(cell, tuple(map(int, value.argmin(axis=1))))
 
     def worth(used: tuple[int, ...]) -> float:
         return float(value[:, used].min(axis=1).sum() + cell.launch[list(used)].sum())
@@ -204,13 +208,26 @@ def option(cell: Cell, choice: tuple[int, ...]) -> Option:
 
 
 def _options(cell: Cell) -> list[Option]:
-    """List choices worth having: none is beaten in both time and error; errors rise."""
+    """List choices worth having: none is beaten in both time and error; errors rise.
+
+    The best ones for a range of prices, all heads alike, and those that differ from one of these
+    in one head. Prices are scaled by the median error, which a column that must not be chosen
+    (``NOT_MEASURED``) leaves as it is.
+    """
     heads, count = cell.error.shape
     found = {option(cell, (c,) * heads) for c in range(count)}
     errors = cell.steps * cell.error
-    scale = float(cell.time[:, 0].sum()) / max(float(errors.max()), 1e-30)
+    positive = errors[errors > 0]
+    scale = float(cell.time[:, 0].sum()) / (float(np.median(positive)) if positive.size else 1.0)
     found |= {assign(cell, 0.0), assign(cell, 1e12 * scale)}
     found |= {assign(cell, scale * 10.0**p) for p in np.linspace(-5, 7, PRICES)}
+    if len(found) * heads * count <= NEIGHBOURS:
+        found |= {
+            option(cell, (*each.choice[:head], other, *each.choice[head + 1 :]))
+            for each in tuple(found)
+            for head in range(heads)
+            for other in range(count)
+        }
     best, kept = inf, []
     for each in sorted(found, key=lambda o: (o.error, o.time, o.choice)):
         if each.time < best:

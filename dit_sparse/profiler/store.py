@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.core.reading import load_json
+from dit_sparse.errors import DitSparseError
+from dit_sparse.methods.params import build_method, params_of
+from dit_sparse.profiler.candidates import Candidate
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.profiler.schema import check_schema
 from dit_sparse.strategy.identity import changed
@@ -22,9 +25,11 @@ from dit_sparse.strategy.identity import changed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SETUP = "setup.json"
+SETUP, LISTED = "setup.json", "shortlist.json"
 MAX_BYTES = 512 * 2**20  # a unit holds every head, candidate and band of a model
-OURS = re.compile(r"\.?(setup|unit-\d{5}(-band-\d+)?|costs|chosen-\d+|check-\w+)\.json(\.\d+)?")
+OURS = re.compile(
+    r"\.?(setup|shortlist|unit-\d{5}(-band-\d+)?|costs|chosen-\d+|check-\w+)\.json(\.\d+)?"
+)
 
 
 class Store:
@@ -144,6 +149,27 @@ class Memory(Store):
     def write(self, name: str, data: Mapping[str, Any]) -> None:
         """Write as to a file."""
         self._files[name] = json.dumps(data, allow_nan=False)
+
+
+def listed(store: Store) -> tuple[Candidate, ...] | None:
+    """Read the shortlist; None: the search has none.
+
+    Raises:
+        ProfileError: It cannot be read, or names a method or params that this version refuses.
+    """
+    if (found := store.read(LISTED)) is None:
+        return None
+    candidates = []
+    for each in found["candidates"]:
+        try:
+            method = build_method(each["method"], each["params"])
+        except DitSparseError as error:
+            raise ProfileError(
+                f"{store.folder / LISTED}: {each['name']:.80}: {error}; add --fresh (fresh=True) "
+                "to measure again"
+            ) from error
+        candidates.append(Candidate(each["name"], each["method"], params_of(method)))
+    return tuple(candidates)
 
 
 def _name(number: int, band: int | None) -> str:

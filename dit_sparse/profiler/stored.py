@@ -12,7 +12,7 @@ from dit_sparse.profiler.candidates import parse_candidates, resolve
 from dit_sparse.profiler.capture import Bands
 from dit_sparse.profiler.cost import CostModel
 from dit_sparse.profiler.errors import ProfileError
-from dit_sparse.profiler.store import SETUP, Store
+from dit_sparse.profiler.store import SETUP, Store, listed
 from dit_sparse.profiler.table import cells_of, sum_up
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def read_stored(folder: Path) -> Stored | None:
             raise ValueError(f"{', '.join(wrong)}: wanted 1 to {MOST}")  # noqa: TRY301
         grid = LatentsGrid(*about["grid"])
         bands = Bands(tuple(setup["bands"]), setup["captures"])
-        candidates = resolve(tuple(_wanted(text) for text in setup["candidates"]), grid)
+        candidates = listed(store)
+        if candidates is None:
+            candidates = resolve(tuple(_wanted(text) for text in setup["candidates"]), grid)
         rows = sum_up(units, candidates, bands)
         timed = store.read("costs.json")
         costs = (
@@ -143,8 +145,7 @@ def fits(stored: Stored, strategy: Strategy) -> str | None:
 
 def _wanted(text: str) -> Wanted:
     """Find the candidate that a name in the setup stands for."""
-    base = text.rpartition("@")[0] if "@" in text else text
-    for found in parse_candidates(base):
+    for found in parse_candidates(text):
         if found.text == text:
             return found
     raise ProfileError(f"no candidate is called {text!r:.80} in this version")

@@ -11,16 +11,20 @@ this wish alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.profiler.capture import capture
 from dit_sparse.profiler.errors import ProfileError
 from dit_sparse.profiler.greedy import Greedy
+from dit_sparse.profiler.screen import screen
+from dit_sparse.profiler.store import LISTED, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from dit_sparse.profiler.candidates import Candidate
     from dit_sparse.profiler.capture import Measuring
     from dit_sparse.profiler.store import Store
     from dit_sparse.profiler.table import Key
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """The units of a search and how they are measured.
 
@@ -61,6 +65,23 @@ class Work:
         """Wait for the other processes."""
         if self.state is not None:
             self.state.wait_for_everyone()
+
+    def screen(self) -> None:
+        """Choose the candidates on the first unit, once, for all processes."""
+        if self.index == 0 and self.store.read(LISTED) is None:
+
+            def tick(done: int, total: int) -> None:
+                if self.progress is not None:
+                    self.progress("screening candidates", done, total)
+
+            call, seed = self.jobs[0]
+            self.store.write(LISTED, screen(self.pipe, call, seed, self.how, tick))
+        self.wait()
+        self.how = replace(self.how, listed=listed(self.store))
+
+    def candidates(self, about: Mapping[str, Any]) -> tuple[Candidate, ...]:
+        """Give the candidates that units are measured with."""
+        return self.how.candidates(LatentsGrid(*about["grid"]))
 
     def units(self, band: int | None = None) -> Units:
         """Read what all processes measured."""

@@ -56,7 +56,7 @@ def test_a_strategy_is_written_and_told(made):
     assert len(strategy.receipt.prompts) == 2
     assert strategy.receipt.prompts[1].endswith("navy plain background")
     assert strategy.receipt.command.startswith("dit-sparse profile wan-tiny --prompts prompts.txt")
-    assert " --sample auto --sequential none " in strategy.receipt.command
+    assert " --sample auto --shortlist 18 --sequential none " in strategy.receipt.command
     assert str(folder) not in (folder / "s.json").read_text()
     assert "measured attention speedup" in result.stdout
     assert "relative error" in result.stdout
@@ -164,7 +164,7 @@ def test_a_forecast_needs_no_weights_and_no_output(wan, tmp_path):
         shutil.copy(wan / name, tmp_path / name)
     more = ["--height", "128", "--width", "128", "--frames", "33", "--dry-run"]
     result = run(tmp_path, "--prompts", "3", "--seeds", "0,1", "--steps", "20", *more,
-                 "--candidates", "quick,rettention", "--state-limit", "0.001")  # fmt: skip
+                 "--candidates", "quick,rettention", "--state-limit", "0.001", "--shortlist", "0")  # fmt: skip
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert "20 steps of 2 passes" in told

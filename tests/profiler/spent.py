@@ -10,6 +10,7 @@ of candidates, its own generation included. Prints a line for each.
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ from diffusers import DiffusionPipeline
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dit_sparse.cli.source import SampleDefaults, Settings, call_arguments
-from dit_sparse.profiler.candidates import parse_candidates
+from dit_sparse.profiler.candidates import Candidate, parse_candidates
 from dit_sparse.profiler.capture import Bands, Measuring, call_of, capture
 from dit_sparse.profiler.run import EDGES
+from dit_sparse.profiler.screen import screen
 
 PROMPT = "a big red circle moving right over a gray plain background"
 
@@ -56,6 +58,13 @@ def main() -> None:
     sys.stdout.write(f"dense generation: {one:.1f} s of processor time\n")
     for names in asked.candidates:
         how = Measuring(parse_candidates(names), Bands(EDGES), asked.sample)
+        if how.screens:
+            start = time.process_time()
+            found = screen(pipe, arguments, 0, how)
+            took = time.process_time() - start
+            sys.stdout.write(f"{names}, screening once: {took / one:.2f} dense generations\n")
+            listed = tuple(Candidate(**each) for each in found["candidates"])
+            how = replace(how, listed=listed)
         took = processor_time(lambda how=how: capture(pipe, arguments, 0, how))
         sys.stdout.write(f"{names}: {took:.1f} s, {took / one:.2f} dense generations\n")
         sys.stdout.flush()

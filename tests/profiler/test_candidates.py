@@ -25,12 +25,21 @@ def density(candidate, grid):
 
 def test_every_method_is_in_the_default_set_at_three_levels():
     found = parse_candidates("default")
-    named = {want.method for want in found}
-    assert named == set(METHODS) - {"dense"}
-    for name in named:
-        if not method_class(name).choices({})[0][1]:
-            continue  # its bare name stands for other choices
-        assert [want.level for want in found if want.method == name] == list(LEVELS)
+    assert {want.method for want in found} == set(METHODS) - {"dense"}
+    for family in {want.family for want in found}:
+        assert [want.level for want in found if want.family == family] == list(LEVELS)
+    assert "svg2:compensate=means" in {want.family for want in found}
+
+
+def test_a_density_can_be_named():
+    (one,) = parse_candidates("svg2:compensate=means@0.3")
+    assert (one.params, one.level) == ({"compensate": "means"}, 0.3)
+    assert one.text == "svg2:compensate=means@0.3"
+    assert not one.settled
+    (other,) = parse_candidates("adaspa@0.3")
+    assert other.settled
+    assert other.fitted(GRID).params["density"] == 0.3
+    assert other.fitted(GRID, 0.2).params["density"] == 0.2
 
 
 def test_a_bare_name_of_many_patterns_is_what_its_preset_is():
@@ -136,6 +145,10 @@ def test_large_grids_get_large_blocks():
         (" , ", "wanted methods"),
         ("radail", "no method or preset"),
         ("dense", "always a choice"),
+        ("radial@", "wanted a density in (0, 1] after @, got ''"),
+        ("radial@0", "wanted a density in (0, 1] after @, got '0'"),
+        ("radial@nan", "wanted a density in (0, 1] after @, got 'nan'"),
+        ("adaspa:density=0.25@0.3", "decide the density already"),
         ("radial:decay=1", "unknown key 'decay'"),
         ("radial:decay_factor", "KEY=VALUE"),
         ("adaspa:density=2", "density must lie in (0, 1]"),

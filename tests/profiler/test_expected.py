@@ -61,3 +61,22 @@ def test_a_compensating_method_needs_memory_for_every_layer():
     found = expected(SIZE, how, num_steps=10, units=1, passes=2)
     residual = 81920 * 2 * 64 * 2  # bf16
     assert found.state_bytes >= 3 * 4 * residual
+
+
+def test_screening_costs_one_generation_and_some_calls():
+    """Of ten layers three are screened, in two bands; the shortlist is measured on all calls."""
+    size = replace(SIZE, layers=10, attention_flops=SIZE.attention_flops / 4 * 10)
+    wanted = parse_candidates("radial,pooled,svg2")
+    plain = expected(size, Measuring(wanted, HALVES, shortlist=0), num_steps=10, units=1, passes=2)
+    found = expected(size, Measuring(wanted, HALVES, shortlist=3), num_steps=10, units=1, passes=2)
+    assert plain.screening == 0
+    attend = 3 * (0.5 + 0.25 + 0.125) / 0.9 * 6 * 128 / 81920
+    pair = 2 * (3 + 1 + attend + 9 * 4 * 0.01)  # seconds; two for a dense call
+    assert (found.screening - 1) * found.generation == pytest.approx(3 * 2 * pair)
+    first, later = (found.measuring, plain.measuring)
+    calls = 2 * 2 * 10 * 2 / found.generation  # the dense results alone
+    assert (first - calls) == pytest.approx((later - calls) / 3)
+    assert found.seconds - plain.seconds == pytest.approx(
+        found.generation
+        * (found.screening + found.measuring + found.timing - plain.measuring - plain.timing)
+    )

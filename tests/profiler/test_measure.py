@@ -212,7 +212,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "text",
-    ["radial:block_size=64", "adaspa:density=0.25:block_size=64", "svg2:first_iterations=2"],
+    ["radial:block_size=64@0.25", "adaspa:density=0.25:block_size=64", "svg2@0.25"],
 )
 def test_no_tensor_is_s_times_s(text):
     grid = LatentsGrid(8, 16, 32)
@@ -223,6 +223,7 @@ def test_no_tensor_is_s_times_s(text):
     assert 0 < seen.most < grid.tokens**2 / 4
 
 
+WIDE = "quick,rettention,svg2@0.25,svg2:compensate=means@0.25,centroid@0.25,blade@0.25,gna@0.25"
 MEMORY = """
 import sys
 from pathlib import Path
@@ -257,7 +258,7 @@ print(peak - before, memory_bound(call) + meter.state_bytes, 4 * grid.tokens**2)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("candidates", "sample"),
-    [("radial:block_size=128,pooled:density=0.25", 0), ("default", 16)],
+    [("radial:block_size=128,pooled:density=0.25", 0), (WIDE, 16)],
 )
 def test_memory_stays_within_the_bound(root, candidates, sample):
     command = [sys.executable, "-c", MEMORY, str(root), candidates, str(sample)]
