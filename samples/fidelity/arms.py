@@ -21,6 +21,7 @@ from knobs import record, tuned
 
 from dit_sparse.profiler import Bands, Store, Wish, profile
 from dit_sparse.profiler.build import figures, rules_of
+from dit_sparse.profiler.capture import SHORTLIST
 from dit_sparse.profiler.search import sparse_vdit_rule
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ MARGIN = 0.005  # of density, that other prompts may need more
 LAMBDA = 0.5  # Sparse-vDiT's
 LEAST, MOST = 1e-4, 1e4  # between which its epsilon and, where that is not enough, lambda are set
 BISECTIONS = 24
-PATTERNS = ",".join(f"sparse_vdit:patterns={name}" for name in ("skip", "vertical_stripe"))
 BANDS = Bands((0.0, 1 / 3, 2 / 3, 1.0))
 
 
@@ -101,10 +101,11 @@ class Maker:
             arguments=self.settings,
             wish=Wish(density=density - MARGIN),
             bands=BANDS,
-            candidates=f"default,{PATTERNS}",
+            candidates="sparse-vdit" if method == "sparse_vdit" else "default",
+            shortlist=0 if method == "sparse_vdit" else SHORTLIST,
             costs="assumed",
             check=False,
-            store=Store(self.store),
+            store=Store(self.store / method),
         )
         assert found is not None
         strategy = found.strategy

@@ -41,11 +41,12 @@ def compositions(folder: Path, store: Path) -> dict[str, dict[str, float]]:
 
     Args:
         folder: With the strategy files.
-        store: Where the profiler keeps what it measured; the model's size is read there.
+        store: Where the profiler keeps what it measured, in a folder for each of these methods;
+            the model's size is read there.
     """
     found = {}
-    stored = read_stored(store)
     for method in PER_HEAD:
+        stored = read_stored(store / method)
         for path in sorted(folder.glob(f"{method}-*.json")):
             assert stored is not None
             found[path.stem] = composition_of(

@@ -113,6 +113,7 @@ def evaluate(args: argparse.Namespace, prompts: tuple[str, ...], strategies: lis
     command += [part for each in strategies for part in ("--strategy", str(each))]
     command += ["--prompts", str(listed), "--seeds", ",".join(map(str, args.seeds))]
     command += ["--steps", str(args.steps), "--threads", str(args.threads), "-o", str(place)]
+    command += ["--floor", "off"] if args.add else []  # the file that is there has it
     subprocess.run([*command, "--metrics", METRICS], check=True)  # noqa: S603, our own command
     return place
 

@@ -164,7 +164,8 @@ def test_a_forecast_needs_no_weights_and_no_output(wan, tmp_path):
         shutil.copy(wan / name, tmp_path / name)
     more = ["--height", "128", "--width", "128", "--frames", "33", "--dry-run"]
     result = run(tmp_path, "--prompts", "3", "--seeds", "0,1", "--steps", "20", *more,
-                 "--candidates", "quick,rettention", "--state-limit", "0.001", "--shortlist", "0")  # fmt: skip
+                 "--candidates", "quick,rettention", "--shortlist", "0",
+                 "--state-limit", "0.001")  # fmt: skip
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert "20 steps of 2 passes" in told
