@@ -40,6 +40,10 @@ def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
     reasons = []
     if query.device.type != "cuda":
         reasons.append(f"needs a CUDA or ROCm device, the query is on {query.device}")
+    else:
+        from dit_sparse.kernels.triton_target import reasons_against_device
+
+        reasons += reasons_against_device(query.device)
     if plan.device != query.device:
         reasons.append(f"the plan is on {plan.device}, the query on {query.device}")
     return reasons + reasons_against_tensor(query)
@@ -103,15 +107,26 @@ def attend(
         log. A query with nothing kept gives 0 and -inf.
     """
     _check_call(query, key, value, plan, scale)
-    from dit_sparse.kernels.triton_target import forward_tiling, target_of
-
     query, scale = _positive_scale(query, scale)
     if tiling is None:
-        tiling = forward_tiling(
-            target_of(query.device), *_shape_of(query, plan.q, plan.kv), plain=is_plain(plan)
-        )
+        tiling = default_tiling(query, key, value, plan)
     result: tuple[Tensor, Tensor] = _Attend.apply(query, key, value, plan, scale, tiling)
     return result
+
+
+def default_tiling(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> Tiling:
+    """Choose kernel and tiling of the forward pass; see ``attend`` for the arguments.
+
+    On Hopper the kernel with specialized warps, where it takes the call: by the static model of
+    ``docs/benchmarks/notes.md`` it is the fastest. Else the pointer kernel.
+    """
+    from dit_sparse.kernels.triton_hopper import hopper_reasons_against, hopper_tiling
+    from dit_sparse.kernels.triton_target import forward_tiling, target_of
+
+    target, shape = target_of(query.device), _shape_of(query, plan.q, plan.kv)
+    if target == "sm_90" and not hopper_reasons_against(query, key, value, plan):
+        return hopper_tiling(*shape[1:], specialize=True)
+    return forward_tiling(target, *shape, plain=is_plain(plan))
 
 
 def attend_backward(

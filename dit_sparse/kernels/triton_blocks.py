@@ -162,10 +162,37 @@ def walk_total(side, at, p_list, count, BLOCK: tl.constexpr, CHUNKS: tl.constexp
 
 
 @triton.jit
-def walk_first(side, at, p_list, count):
+def whole_run(side, at, p_list, count, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Find the entries around the middle of a list whose blocks all are ``CHUNKS`` whole tiles.
+
+    Short blocks are at the ends of most lists: the text before or after the video, and its tail.
+
+    Returns:
+        The first entry of the run, and the first one behind it.
+    """
+    begin = tl.zeros([128], tl.int32)
+    end = tl.zeros([128], tl.int32) + count
+    for first in range(0, count, 128):
+        i_entry = first + tl.arange(0, 128)
+        i_block = tl.load(p_list + i_entry, mask=i_entry < count, other=0)
+        short = tl.load(side.lengths + at[1] + i_block) != CHUNKS * BLOCK
+        begin = tl.where(short & (i_entry < count // 2), i_entry + 1, begin)
+        end = tl.where(short & (i_entry >= count // 2), tl.minimum(end, i_entry), end)
+    return tl.max(begin, 0), tl.min(end, 0)
+
+
+@triton.jit
+def listed(p_list, count, i_entry, gap, gap_size):
+    """Load the block of an entry, 0 behind the end; entries from ``gap`` on are left out."""
+    i_entry += tl.where(i_entry >= gap, gap_size, 0)
+    return tl.load(p_list + i_entry, mask=i_entry < count, other=0)
+
+
+@triton.jit
+def walk_first(side, at, p_list, count, gap, gap_size):
     """Return (start, length) of the first listed block and the number of the second one."""
-    start, length = block_span(side, at, tl.load(p_list, mask=count > 0, other=0))
-    return start, length, tl.load(p_list + 1, mask=count > 1, other=0)
+    start, length = block_span(side, at, listed(p_list, count, 0, gap, gap_size))
+    return start, length, listed(p_list, count, 1, gap, gap_size)
 
 
 @triton.jit
@@ -179,6 +206,8 @@ def walk_next(
     start,
     length,
     ahead,
+    gap,
+    gap_size,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -191,7 +220,7 @@ def walk_next(
         The new ``i_entry, done, start, length, ahead``.
     """
     start_ahead, length_ahead = block_span(side, at, ahead)
-    ahead_next = tl.load(p_list + i_entry + 2, mask=i_entry + 2 < count, other=0)
+    ahead_next = listed(p_list, count, i_entry + 2, gap, gap_size)
     if CHUNKS == 1:
         return i_entry + 1, done, start_ahead, length_ahead, ahead_next
     else:

@@ -26,6 +26,7 @@ from dit_sparse.kernels.triton_blocks import (
     walk_first,
     walk_next,
     walk_total,
+    whole_run,
 )
 from dit_sparse.kernels.triton_launch import (
     Launch,
@@ -39,7 +40,7 @@ from dit_sparse.kernels.triton_launch import (
     walked_side,
 )
 from dit_sparse.kernels.triton_scores import row_lse, score_tile, soften
-from dit_sparse.kernels.triton_target import Tiling, repair_tiling, walk_chunks
+from dit_sparse.kernels.triton_target import Tiling, peels, repair_tiling, walk_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,71 @@ def split_non_finite(b_v, m_pair, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def attend_tiles(
+    state,
+    b_q,
+    p_key,
+    key,
+    p_value,
+    value,
+    kv,
+    at,
+    lists,
+    at_partial,
+    p_list,
+    count,
+    gap,
+    gap_size,
+    q_longest,
+    rows,
+    m_rows,
+    scale,
+    factor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    REPAIR: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Take the tiles of all listed blocks but ``gap_size`` from entry ``gap`` on into ``state``.
+
+    The state is ``peak, total, b_out, b_extra, kept``, the arguments are those of ``score_tile``.
+    The loop is a plain ``range``: with ``tl.range(num_stages=...)`` the loads of the walk too go
+    through shared memory, with two more barriers for each.
+    """
+    peak, total, b_out, b_extra, kept = state
+    tiles = walk_total(kv, at, p_list, count - gap_size, BLOCK_N, CHUNKS)
+    start, length, ahead = walk_first(kv, at, p_list, count, gap, gap_size)
+    i_entry = 0
+    done = 0
+    for _ in range(tiles):
+        score, _b_k, m_columns, m_pair, kept_here = score_tile(
+            b_q, p_key, key, kv, at, lists, at_partial, i_entry, q_longest, rows, start,
+            done, length, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ALIGN, WHOLE,
+        )  # fmt: skip
+        kept = kept | kept_here
+        b_v = load_rows(
+            p_value, value, kv.permutation, at[2], start + done, tl.arange(0, BLOCK_N),
+            m_columns, HEAD_DIM, BLOCK_D, ALIGN,
+        )  # fmt: skip  # [BLOCK_N, BLOCK_D]
+        if REPAIR:
+            b_v, b_more = split_non_finite(b_v, m_rows[:, None] & m_pair, PRECISION)
+            b_extra += b_more
+        b_p, shrink, peak, total = soften(score, peak, total, factor)
+        b_out = b_out * shrink[:, None]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        i_entry, done, start, length, ahead = walk_next(
+            kv, at, p_list, count, i_entry, done, start, length, ahead, gap, gap_size, BLOCK_N,
+            CHUNKS,
+        )  # fmt: skip
+    return peak, total, b_out, b_extra, kept
+
+
+@triton.jit
 def attend_fwd_kernel(
     query,
     key,
@@ -88,10 +154,10 @@ def attend_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     REPAIR: tl.constexpr,
+    PEEL: tl.constexpr,
 ):
     """Compute ``BLOCK_M`` query rows of one (sample, head); arguments as ``forward_launch`` says.
 
@@ -106,12 +172,12 @@ def attend_fwd_kernel(
         return
     rows = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_rows = rows < q_length  # [BLOCK_M]
-    p_output = row_pointers(
-        head_rows(output, i_batch, i_head, ALIGN), output, q.permutation, q_at[2], q_start,
-        rows, m_rows, BLOCK_D, ALIGN,
-    )  # fmt: skip
     m_out = row_mask(m_rows, HEAD_DIM, BLOCK_D)
     if REPAIR:
+        p_output = row_pointers(
+            head_rows(output, i_batch, i_head, ALIGN), output, q.permutation, q_at[2], q_start,
+            rows, m_rows, BLOCK_D, ALIGN,
+        )  # fmt: skip
         b_old = tl.load(p_output, mask=m_out, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
         if tl.max(((b_old - b_old) != 0.0).to(tl.int32)) == 0:
             return
@@ -129,38 +195,34 @@ def attend_fwd_kernel(
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_extra = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if REPAIR else 0.0
     kept = tl.zeros([BLOCK_M], tl.int32) if lists.partial is not None else 0  # 0: none yet
-    tiles = walk_total(kv, at, p_list, count, BLOCK_N, CHUNKS)
-    start, length, ahead = walk_first(kv, at, p_list, count)
-    i_entry = 0
-    done = 0
-    for _ in tl.range(0, tiles, num_stages=STAGES):
-        score, _b_k, m_columns, m_pair, kept_here = score_tile(
-            b_q, p_key, key, kv, at, lists, at_partial, i_entry, q.longest, rows, start,
-            done, length, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ALIGN,
+    state = peak, total, b_out, b_extra, kept
+    gap, gap_size = 0, 0
+    if PEEL:
+        gap, end = whole_run(kv, at, p_list, count, BLOCK_N, CHUNKS)
+        gap_size = end - gap
+        state = attend_tiles(
+            state, b_q, p_key, key, p_value, value, kv, at, lists, at_partial, p_list + gap,
+            gap_size, 0, 0, q.longest, rows, m_rows, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BLOCK_N, CHUNKS, PRECISION, ALIGN, REPAIR, WHOLE=True,
         )  # fmt: skip
-        kept = kept | kept_here
-        b_v = load_rows(
-            p_value, value, kv.permutation, at[2], start, done + tl.arange(0, BLOCK_N),
-            m_columns, HEAD_DIM, BLOCK_D, ALIGN,
-        )  # fmt: skip  # [BLOCK_N, BLOCK_D]
-        if REPAIR:
-            b_v, b_more = split_non_finite(b_v, m_rows[:, None] & m_pair, PRECISION)
-            b_extra += b_more
-        b_p, shrink, peak, total = soften(score, peak, total, factor)
-        b_out = b_out * shrink[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-        i_entry, done, start, length, ahead = walk_next(
-            kv, at, p_list, count, i_entry, done, start, length, ahead, BLOCK_N, CHUNKS
-        )
+    peak, total, b_out, b_extra, kept = attend_tiles(
+        state, b_q, p_key, key, p_value, value, kv, at, lists, at_partial, p_list,
+        count, gap, gap_size, q.longest, rows, m_rows, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M,
+        BLOCK_N, CHUNKS, PRECISION, ALIGN, REPAIR, WHOLE=False,
+    )  # fmt: skip
 
     # Kept keys whose scores are all -inf give 0 / 0 = NaN, as dense attention does.
     b_out = b_out / total[:, None] + b_extra
     if lists.partial is not None:
         if kv.weight is not None:  # the bits of a key that weighs nothing count for nothing
             kept = (total != 0.0).to(tl.int32)  # [BLOCK_M]
-        b_out = tl.where(kept[:, None] == 0, 0.0, b_out)  # type: ignore[index]  # a block here
+        b_out = tl.where(kept[:, None] == 0, 0.0, b_out)
     elif kept == 0:
         b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    p_output = row_pointers(
+        head_rows(output, i_batch, i_head, ALIGN), output, q.permutation, q_at[2], q_start,
+        rows, m_rows, BLOCK_D, ALIGN,
+    )  # fmt: skip
     tl.store(p_output, b_out.to(p_output.dtype.element_ty), mask=m_out)
     p_lse += i_batch * lse_strides[0] + i_head * lse_strides[1]
     p_lse += row_tokens(q, q_at, q_start, rows, m_rows)
@@ -209,6 +271,7 @@ def forward_launch(
         "CHUNKS": walk_chunks(plan.kv, tiling.block_n),
         "ALIGN": alignment(query, key, value, output),
         "REPAIR": repair,
+        "PEEL": peels(plan, tiling, query.dtype),
     }
     grid = (tiles, heads, batch)
     return Launch(attend_fwd_kernel, grid, arguments, tiling.warps, tiling.stages)

@@ -44,7 +44,6 @@ def attend_bwd_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -76,16 +75,16 @@ def attend_bwd_query_kernel(
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tiles = walk_total(kv, at, p_list, count, BLOCK_N, CHUNKS)
-    start, length, ahead = walk_first(kv, at, p_list, count)
+    start, length, ahead = walk_first(kv, at, p_list, count, 0, 0)
     i_entry = 0
     done = 0
-    for _ in tl.range(0, tiles, num_stages=STAGES):
+    for _ in range(tiles):
         score, b_k, m_columns, _m_pair, _kept = score_tile(
             b_q, p_key, key, kv, at, lists, at_partial, i_entry, q.longest, rows, start,
-            done, length, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ALIGN,
+            done, length, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ALIGN, False,
         )  # fmt: skip
         b_v = load_rows(
-            p_value, value, kv.permutation, at[2], start, done + tl.arange(0, BLOCK_N),
+            p_value, value, kv.permutation, at[2], start + done, tl.arange(0, BLOCK_N),
             m_columns, HEAD_DIM, BLOCK_D, ALIGN,
         )  # fmt: skip  # [BLOCK_N, BLOCK_D]
         b_p = softmax_weights(score, lse[:, None], rest[:, None], factor, PRECISION)
@@ -93,7 +92,7 @@ def attend_bwd_query_kernel(
         b_ds = b_p * (b_dp - delta[:, None])  # [BLOCK_M, BLOCK_N]
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
         i_entry, done, start, length, ahead = walk_next(
-            kv, at, p_list, count, i_entry, done, start, length, ahead, BLOCK_N, CHUNKS
+            kv, at, p_list, count, i_entry, done, start, length, ahead, 0, 0, BLOCK_N, CHUNKS
         )
     p_block = row_pointers(
         head_rows(grad_query, i_batch, i_head, ALIGN), grad_query, q.permutation, q_at[2],
@@ -125,7 +124,6 @@ def attend_bwd_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -161,10 +159,10 @@ def attend_bwd_key_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     tiles = walk_total(q, at, p_list, count, BLOCK_M, CHUNKS)
-    start, length, ahead = walk_first(q, at, p_list, count)
+    start, length, ahead = walk_first(q, at, p_list, count, 0, 0)
     i_entry = 0
     done = 0
-    for _ in tl.range(0, tiles, num_stages=STAGES):
+    for _ in range(tiles):
         rows = done + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         m_rows = rows < length  # [BLOCK_M]
         i_row = i_head_row + row_tokens(q, at, start, rows, m_rows)  # [BLOCK_M]
@@ -194,7 +192,7 @@ def attend_bwd_key_kernel(
         b_ds = b_p * (b_dp - delta[None, :])  # [BLOCK_N, BLOCK_M]
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         i_entry, done, start, length, ahead = walk_next(
-            q, at, p_list, count, i_entry, done, start, length, ahead, BLOCK_M, CHUNKS
+            q, at, p_list, count, i_entry, done, start, length, ahead, 0, 0, BLOCK_M, CHUNKS
         )
     m_out = row_mask(m_columns, HEAD_DIM, BLOCK_D)
     p_block = row_pointers(

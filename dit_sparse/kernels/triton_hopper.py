@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from dit_sparse.core.plan import BlockPlan
 
-UNUSED = ("scale", "BLOCK_D", "PRECISION", "ALIGN", "REPAIR")
+UNUSED = ("scale", "BLOCK_D", "PRECISION", "ALIGN", "REPAIR", "PEEL")
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def hopper_launch(
     arguments = {name: value for name, value in plain.arguments.items() if name not in UNUSED}
     arguments["CHUNKS"] = -(-plan.kv.max_length // tiling.block_n)
     arguments["q_tokens"], arguments["kv_tokens"] = query.shape[1], key.shape[1]
-    arguments["SPECIALIZE"] = tiling.specialize
+    arguments["STAGES"], arguments["SPECIALIZE"] = tiling.stages, tiling.specialize
     return Launch(attend_hopper_fwd_kernel, plain.grid, arguments, tiling.warps, tiling.stages)
 
 

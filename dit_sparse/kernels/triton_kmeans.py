@@ -53,7 +53,6 @@ def kmeans_assign_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -78,7 +77,7 @@ def kmeans_assign_kernel(
     p_centres += i_group * clusters * HEAD_DIM
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     label = tl.zeros([BLOCK_M, BLOCK_N], tl.int32) + columns[None, :]
-    for first in tl.range(0, clusters, BLOCK_N, num_stages=STAGES):
+    for first in range(0, clusters, BLOCK_N):
         m_columns = first + columns < clusters
         p_c = p_centres + (first + columns)[:, None] * HEAD_DIM + dims[None, :]
         b_c = tl.load(p_c, mask=row_mask(m_columns, HEAD_DIM, BLOCK_D), other=0.0)
@@ -178,7 +177,6 @@ def assign_launch(
         "BLOCK_D": padded_dim(head_dim),
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
-        "STAGES": tiling.stages,
         "PRECISION": precision(points.dtype),
         "ALIGN": alignment(points),
     }

@@ -153,7 +153,6 @@ def tile_constants(head_dim: int, dtype: torch.dtype, tiling: Tiling) -> dict[st
         "BLOCK_D": padded_dim(head_dim),
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
-        "STAGES": tiling.stages,
         "PRECISION": precision(dtype),
     }
 

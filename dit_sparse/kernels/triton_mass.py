@@ -55,7 +55,6 @@ def block_mass_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -83,7 +82,7 @@ def block_mass_fwd_kernel(
     i_kv = 0
     done = 0
     start, length = block_span(kv, at, 0)
-    for _ in tl.range(0, kv.blocks * CHUNKS, num_stages=STAGES):
+    for _ in range(kv.blocks * CHUNKS):
         columns = done + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         m_columns = columns < length  # [BLOCK_N]
         b_k = load_rows(

@@ -39,16 +39,21 @@ def score_tile(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Load a tile of keys and score it: -inf where a query does not keep a key.
+
+    Nothing here branches: between two products a branch makes the compiler lay out the tile so
+    that P travels through shared memory. ``WHOLE`` tiles have no weights, bits or missing keys.
 
     Returns:
         Scores fp32 ``[BLOCK_M, BLOCK_N]``; the keys ``[BLOCK_N, BLOCK_D]``; where there is a key,
         ``[BLOCK_N]``; which pairs are kept, ``[BLOCK_M, BLOCK_N]`` or ``[1, BLOCK_N]``; and a
         number that is not 0 where a query keeps any, ``[BLOCK_M]`` or scalar.
     """
-    columns = done + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    m_columns = columns < length  # [BLOCK_N]
+    columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m_columns = tl.full([BLOCK_N], 1, tl.int1) if WHOLE else columns < length - done  # [BLOCK_N]
+    start += done
     if kv.weight is not None:
         p_weight = kv.weight + at[3] + start + columns
         weight = tl.load(p_weight, mask=m_columns, other=float("-inf"))  # [BLOCK_N]
@@ -60,9 +65,7 @@ def score_tile(
     score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if kv.weight is not None:
         score = tl.fma(score, scale, weight[None, :])
-        score = tl.where(m_columns[None, :], score, float("-inf"))
-    elif length - done < BLOCK_N:
-        score = tl.where(m_columns[None, :], score, float("-inf"))
+    score = tl.where(m_columns[None, :], score, float("-inf"))
     m_pair = m_columns[None, :]
     if lists.partial is not None:
         m_tile, kept = tile_bits(
@@ -73,6 +76,8 @@ def score_tile(
         m_pair = m_pair & m_tile
     elif kv.weight is not None:
         kept = tl.sum(m_columns.to(tl.int32), 0)
+    elif WHOLE:
+        kept = 1
     else:
         kept = tl.maximum(length - done, 0)
     return score, b_k, m_columns, m_pair, kept

@@ -3,18 +3,21 @@
 
 The launches come from the package's own launchers, so tile sizes, strides and constants are those
 of a real call; pointers are taken to be 16-byte aligned, as torch's are. A cubin is disassembled
-for its instructions; registers and spills are what ptxas (LLVM on AMD) reports.
+for its instructions; registers and spills are what ptxas (LLVM on AMD) reports. ``loop``,
+``barriers`` and ``stores`` count the instructions of the main loop, per warp and tile: all, those
+that wait for other warps, and stores to shared memory other than asynchronous copies.
 
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py write      docs/benchmarks/aot.json
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py NAME ...   these rows, as JSON
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py all        every row, as JSON
     TRITON_INTERPRET=0 python tests/kernels/triton/aot.py changed TABLE.json
 
-The last gives every row too, but compiles only those whose key is not the table's: what a
-compiler makes of the same source, arguments, options and target is the same.
+The last gives every row too. It and ``write`` compile only rows whose key is not the table's: what
+a compiler makes of the same source, arguments, options and target is the same.
 
 A row's name is ``kernel/plan/dtype/head_dim/block/target``. Plans: ``spread`` (block lists of
-equal blocks), ``uneven`` (other starts), ``full`` (permutations and bit tiles too).
+equal blocks), ``uneven`` (other starts), ``full`` (permutations and bit tiles too). The kernel
+``dense`` is the yardstick, ``dense.py``, at the tiling of ``forward``.
 """
 
 from __future__ import annotations
@@ -42,12 +45,13 @@ from dit_sparse.kernels.triton_forward import forward_launch
 from dit_sparse.kernels.triton_hopper import hopper_launch, hopper_tiling
 from dit_sparse.kernels.triton_kmeans import assign_launch, update_launches
 from dit_sparse.kernels.triton_mass import block_mass_launch
+from tests.kernels.triton.dense import dense_launch
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    name: GPUTarget("cuda", int(name[3:]), 32)
+    if name.startswith("sm_")
+    else GPUTarget("hip", name, 32 if name in choose.RDNA else 64)
+    for name in choose.SHARED_MEMORY
 }
 TABLE = Path(__file__).parents[3] / "docs" / "benchmarks" / "aot.json"
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -113,6 +117,7 @@ def compile_launch(launch, target):
 def read_amd(asm):
     """Registers, spills and matrix instructions of an AMD kernel."""
     text = asm["amdgcn"]
+    code = re.findall(r"^(\.L\w+):|^\s+([a-z]+_\w+.*)", text, re.MULTILINE)
 
     def field(name):
         return int(re.search(rf"\.{name}:?\s+(\d+)", text)[1])
@@ -121,7 +126,37 @@ def read_amd(asm):
         "registers": field("vgpr_count"),
         "spills": 4 * field("vgpr_spill_count"),  # those of SGPRs go to spare VGPR lanes
         "mfma": len(re.findall(r"\bv_mfma", text)),
+        "wmma": len(re.findall(r"\bv_wmma", text)),
+        **main_loop(code, r"v_mfma|v_wmma", r"s_barrier", r"ds_(write|store)"),
     }
+
+
+def main_loop(code, product, barrier, store):
+    """Count the instructions of the innermost loop that is densest in products.
+
+    Args:
+        code: A label or an instruction each, the other of the two is empty.
+        product: What a matrix instruction looks like.
+        barrier: What waiting for other warps looks like.
+        store: What a store to shared memory looks like.
+    """
+    lines, labels, bodies = [], {}, []
+    for label, line in code:
+        if label:
+            labels[label] = len(lines)
+            continue
+        lines.append(line)
+        target = re.search(r"\.L\w+", line)
+        if target and target[0] in labels and re.search(r"\bBRA\b|branch", line):
+            bodies.append(lines[labels[target[0]] :])
+
+    def count(body, what):
+        return sum(re.search(what, line) is not None for line in body)
+
+    body = max(bodies, key=lambda body: count(body, product) / len(body), default=[])
+    if not count(body, product):
+        return {}
+    return {"loop": len(body), "barriers": count(body, barrier), "stores": count(body, store)}
 
 
 def read_nvidia(asm):
@@ -145,6 +180,7 @@ def read_nvidia(asm):
         sass = subprocess.run(
             [BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
         ).stdout
+    code = re.findall(r"^(\.L\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
@@ -156,45 +192,61 @@ def read_nvidia(asm):
         "tma": ptx.count("cp.async.bulk.tensor"),
         "setmaxnreg": ptx.count("setmaxnreg"),
         "serialized": "serializ" in said.lower(),
+        **main_loop(code, r"\b(H|HG|UTCH)MMA", r"\bBAR\.SYNC", r"\b(STS|STSM)\b"),
     }
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (64, 72, 128)  # in every combination; the others with plain plans only
-MORE_HEAD_DIMS = (16, 32, 48, 80, 96, 256)
+FULL = ("sm_80", "sm_90", "sm_100", "gfx942")  # their relatives get fewer rows
+PLANS = ("spread", "uneven", "full")
 
 
 def names():
     """Name every row of the table."""
     found = []
     for target in TARGETS:
-        for head_dim in HEAD_DIMS:
-            for plan in ("spread", "uneven", "full"):
-                found += [f"forward/{plan}/bf16/{head_dim}/128/{target}"]
-            found += [f"forward/uneven/bf16/{head_dim}/64/{target}"]
-            found += [f"forward/uneven/fp32/{head_dim}/128/{target}"]
-            for kernel in ("backward_query", "backward_key"):
-                found += [f"{kernel}/{plan}/bf16/{head_dim}/128/{target}" for plan in PLANS[1:]]
-            found += [f"mass/spread/bf16/{head_dim}/128/{target}"]
-        found += [f"forward/uneven/bf16/{d}/128/{target}" for d in MORE_HEAD_DIMS]
-        found += [f"forward/uneven/fp32/256/128/{target}"]
+        rows = full_names() if target in FULL else few_names()
         if target == "sm_90":
             for kernel in ("hopper", "hopper_specialized"):
-                found += [
-                    f"{kernel}/uneven/bf16/{d}/{b}/sm_90" for d in (64, 128) for b in (64, 128)
-                ]
-                found += [f"{kernel}/spread/bf16/{d}/128/sm_90" for d in (64, 128)]
-        found += [f"backward_key/uneven/bf16/256/128/{target}"]
-        found += [f"delta/spread/bf16/{d}/128/{target}" for d in (64, 72, 128)]
-        for head_dim in (64, 72, 128, 256):
-            found += [f"kmeans_assign/spread/bf16/{head_dim}/128/{target}"]
-            found += [f"kmeans_sum/spread/bf16/{head_dim}/128/{target}"]
-        found += [f"kmeans_assign/spread/fp32/{d}/128/{target}" for d in (64, 128)]
-        found += [f"kmeans_mean/spread/bf16/128/128/{target}"]
+                rows += [f"{kernel}/uneven/bf16/{d}/{b}" for d in (64, 128) for b in (64, 128)]
+                rows += [f"{kernel}/spread/bf16/{d}/128" for d in (64, 128)]
+        found += [f"{row}/{target}" for row in rows]
     return found
 
 
-PLANS = ("spread", "uneven", "full")
+def few_names():
+    """Name what is compiled for every kind of GPU."""
+    return [
+        *(f"dense/spread/bf16/{d}/128" for d in (64, 128)),
+        *(f"forward/{plan}/bf16/{d}/128" for plan in ("spread", "uneven") for d in (64, 128)),
+        "forward/full/bf16/128/128",
+        "forward/uneven/bf16/256/128",
+        "forward/uneven/fp32/128/128",
+        "backward_query/uneven/bf16/128/128",
+        *(f"backward_key/{plan}/bf16/128/128" for plan in ("uneven", "full")),
+        "mass/spread/bf16/128/128",
+        "kmeans_assign/spread/bf16/128/128",
+    ]
+
+
+def full_names():
+    """Name what is compiled for one kind of GPU of each family."""
+    return [
+        *few_names(),
+        *(f"forward/uneven/bf16/{d}/128" for d in (16, 32, 72, 96)),
+        *(f"forward/full/bf16/{d}/128" for d in (64, 72)),
+        *(f"forward/uneven/bf16/{d}/64" for d in (64, 128)),
+        *(f"forward/uneven/fp32/{d}/128" for d in (64, 256)),
+        *(f"backward_{side}/uneven/bf16/{d}/128" for side in ("query", "key") for d in (64, 72)),
+        *(f"backward_query/full/bf16/{d}/128" for d in (64, 128)),
+        "backward_key/full/bf16/64/128",
+        "backward_key/uneven/bf16/256/128",
+        "mass/spread/bf16/64/128",
+        *(f"delta/spread/bf16/{d}/128" for d in (64, 72, 128)),
+        *(f"kmeans_assign/spread/{row}/128" for row in ("bf16/64", "bf16/256", "fp32/128")),
+        *(f"kmeans_sum/spread/bf16/{d}/128" for d in (64, 128)),
+        "kmeans_mean/spread/bf16/128/128",
+    ]
 
 
 def plan_for(kind, block):
@@ -224,6 +276,8 @@ def launch_for(name):
     ]
     lse = torch.empty(2, 3, layout.slots)
     shape = (target, DTYPES[dtype], int(head_dim), int(block), int(block))
+    if kernel == "dense":
+        return dense_launch(*tensors[:4], choose.forward_tiling(*shape))
     if kernel == "forward":
         tiling = choose.forward_tiling(*shape, plain=is_plain(plan))
         return forward_launch(*tensors[:4], lse, plan, 0.1, tiling)
@@ -274,12 +328,11 @@ def row(name, known=None):
 def main(wanted):
     """Print or write rows."""
     known = {}
-    if wanted[0] == "changed":
-        old = json.loads(Path(wanted[1]).read_text())
+    chosen = names() if wanted in (["write"], ["all"]) else wanted
+    if wanted[0] in {"changed", "write"}:
+        old = json.loads(Path(wanted[1] if wanted[1:] else TABLE).read_text())
         known = old["rows"] if old["triton"] == triton.__version__ else {}
-        chosen = list(old["rows"])
-    else:
-        chosen = names() if wanted in (["write"], ["all"]) else wanted
+        chosen = list(old["rows"]) if wanted[0] == "changed" else chosen
     table = {}
     for name in chosen:
         table[name] = row(name, known.get(name))

@@ -33,7 +33,7 @@ from dit_sparse.bench.timing import Clock, alternate, dense_calls
 from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.core.machine import environment
 from dit_sparse.kernels import triton_attention as kernel
-from dit_sparse.kernels.triton_target import Tiling, forward_tiling, target_of
+from dit_sparse.kernels.triton_target import Tiling
 
 WORKERS = 12  # compilers at a time
 
@@ -116,13 +116,11 @@ def measure(case: Case, device: torch.device, faults: dict) -> list[dict]:
     (query, key, value), plans = inputs(case, device)
     scale = case.head_dim**-0.5
     clock = Clock.of(device)
-    default = forward_tiling(
-        target_of(device), query.dtype, case.head_dim, case.block, case.block, plain=True
-    )
     rows = []
     for plan in plans:
         calls, _ = dense_calls(query, key, value, scale)
         dense_names = list(calls)
+        default = kernel.default_tiling(query, key, value, plan)
         wanted = kernel.attend(query, key, value, plan, scale)[0].float()
         spread = float(wanted.std())
         own = {}

@@ -74,3 +74,14 @@ def test_it_says_what_it_does_not_take():
     weights = replace(plan, kv_log_weight=torch.zeros(1, 1, 128, device=DEVICE))
     with pytest.raises(KernelError, match="permutations, bit tiles or weights"):
         kernel.attend(q, k, v, weights, 0.2, tiling)
+
+
+def test_it_is_the_default_on_hopper_where_it_takes_the_call(monkeypatch):
+    monkeypatch.setattr("dit_sparse.kernels.triton_target.target_of", lambda _: "sm_90")
+    plan, q, k, v = problem([64, 64, 33])
+    assert kernel.default_tiling(q, k, v, plan).specialize
+    permuted = replace(plan, kv_permutation=torch.arange(plan.kv.slots, device=DEVICE)[None, None])
+    assert not kernel.default_tiling(q, k, v, permuted).copy_engine
+    assert not kernel.default_tiling(q.float(), k.float(), v.float(), plan).copy_engine
+    monkeypatch.setattr("dit_sparse.kernels.triton_target.target_of", lambda _: "sm_100")
+    assert not kernel.default_tiling(q, k, v, plan).copy_engine
