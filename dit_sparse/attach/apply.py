@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from dit_sparse.attach.describe import Stage
@@ -28,7 +29,7 @@ from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.pipelines import ALL, family_of, known_class, parallel, taps, unwrap
 from dit_sparse.pipelines.attached import clear, sites_of
 from dit_sparse.pipelines.clock import Clock
-from dit_sparse.pipelines.family import heads_of
+from dit_sparse.pipelines.family import Family, head_dim_of, heads_of
 from dit_sparse.pipelines.processors import SITE, adopt, bearer, release
 from dit_sparse.pipelines.shared_report import merged
 from dit_sparse.pipelines.site import Site
@@ -42,6 +43,8 @@ Profile = Strategy | str | PathLike[str] | dict[str, Any]
 
 HANDLE = "_dit_sparse_handle"
 STAGES = ("transformer", "transformer_2")
+# Weights of other dtypes are quantised, or stored narrower than they are computed with.
+COMPUTED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class SparseAttention(SparseEngine):
@@ -94,6 +97,8 @@ class SparseAttention(SparseEngine):
                 warnings.warn(remark, stacklevel=4)
         clock = Clock(None if bare else target, scheduler)
         backends = Backends(kernel)
+        for name, model in models.items():
+            _settle(backends, target, model, stages[name].family)
         super().__init__(
             strategy, backends, clock, stages, strict=strict, probe=probe, guarantee=guarantee
         )
@@ -219,6 +224,15 @@ def transformers_of(target: Any) -> dict[str, Any]:
     return models
 
 
+def _settle(backends: Backends, target: Any, model: Any, family: Family) -> None:
+    """Raise where no kernel can run a transformer's attention; see ``Backends.settle``."""
+    width = head_dim_of(family.attention_modules(model)[0][1], model.config)
+    # A pipeline that offloads runs on another device than its weights lie on.
+    device = getattr(target, "_execution_device", None) or model.device
+    if width is not None and device.type != "meta" and model.dtype in COMPUTED:
+        backends.settle(device, model.dtype, width)
+
+
 def own_strategy(target: Any) -> Strategy:
     """Read the strategy in the folder or repository that a pipeline or model was loaded from."""
     name = dict(getattr(target, "config", None) or {}).get("_name_or_path")
@@ -296,6 +310,8 @@ def enable(
     Raises:
         AttachError: Something is attached already.
         UnsupportedError: Not a pipeline or model that dit_sparse knows.
+        KernelError: No kernel can run this model's head_dim and dtype on its device, or the one
+            asked for cannot; gives the reasons.
         StrategyError: The profile cannot be found, read, or does not fit this model; or the
             guarantee is none, or asks for a figure that the receipt has not.
     """

@@ -143,7 +143,7 @@ class CallRecord:
 
 
 def _mean(value: Tensor | float | None) -> float:
-    return float(value.double().mean()) if isinstance(value, Tensor) else float(value or 0.0)
+    return float(value.cpu().double().mean()) if isinstance(value, Tensor) else float(value or 0.0)
 
 
 @dataclass(frozen=True)

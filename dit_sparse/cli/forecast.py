@@ -270,16 +270,21 @@ def _kernel() -> str:
     """Name the kernel that would run on this machine."""
     import torch
 
+    from dit_sparse.forecast.doctor import accelerators
     from dit_sparse.kernels.dispatch import BY_NAME_ONLY, Backends
 
-    there = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if there else ("cpu", torch.float32)
+    device = next(iter(accelerators()), "cpu")
     names = [
         name
-        for name, reasons in Backends().explain(device, dtype)
+        for name, reasons in Backends().explain(
+            device, torch.float32 if device == "cpu" else torch.bfloat16
+        )
         if not reasons and name not in BY_NAME_ONLY
     ]
-    return f"{names[0]} ({device})" if names else f"none can run on {device}; see doctor"
+    if not names:
+        return f"none can run on {device}; see doctor"
+    doubt = ", which may be slower than dense attention" if names[0] == "portable" else ""
+    return f"{names[0]} ({device}){doubt}"
 
 
 def _save(path: Path, told: Forecast, title: str, source: str) -> None:

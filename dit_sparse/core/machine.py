@@ -12,8 +12,26 @@ from typing import Any
 import torch
 
 from dit_sparse._version import __version__
+from dit_sparse.errors import UnsupportedError
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
+
+OLDEST_TORCH = (2, 9)  # as pyproject.toml has it
+
+
+def check_torch() -> None:
+    """Raise ``UnsupportedError`` where torch is too old, with what to install."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        raise UnsupportedError(
+            f"dit_sparse needs torch >= {wanted}, got {torch.__version__}; "
+            f"run: pip install --upgrade 'torch>={wanted}'"
+        )
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Give the dtype for sums of many terms: float64; float32 on devices that may not have it."""
+    return torch.float64 if device.type in {"cpu", "cuda", "meta"} else torch.float32
 
 
 def environment() -> dict[str, Any]:

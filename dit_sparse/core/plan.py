@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.machine import widest_float
 from dit_sparse.core.plan_file import (
     MAX_CHECKED,
     MAX_SLOTS,
@@ -235,17 +236,18 @@ class BlockPlan:
         return found
 
     def density(self) -> Tensor:
-        """Count the kept share of (query, key) pairs, fp64 ``[batch, heads]``, without a sync.
+        """Count the kept share of (query, key) pairs, ``[batch, heads]``, without a sync.
 
         Text, pooled keys, means (one key each) and forced blocks count as what they are; a plan
         with pooled keys can exceed what its block lists suggest, and a fully kept one with pooled
-        keys exceeds 1. Counted once a plan.
+        keys exceeds 1. Counted once a plan; fp64 where the device has it.
         """
         return self.once("density", self._count_density)
 
     def _count_density(self) -> Tensor:
         batch, heads, blocks = self.batch, self.heads, self.q.blocks
-        queries = self.q.lengths.expand(batch, heads, -1).double()
+        wide = widest_float(self.device)
+        queries = self.q.lengths.expand(batch, heads, -1).to(wide)
         lengths = self.kv.lengths.expand(batch, heads, -1)
         index = self.kv_indices.expand(batch, heads, blocks, -1)
         counts = self.kv_num_blocks.expand(batch, heads, blocks)
@@ -264,7 +266,7 @@ class BlockPlan:
             ],
             1,
         )
-        keys = lengths.sum(-1).double() if self.dense_keys is None else float(self.dense_keys)
+        keys = lengths.sum(-1).to(wide) if self.dense_keys is None else float(self.dense_keys)
         return pairs / (queries.sum(-1) * keys)
 
     def _kept_pairs(
@@ -275,7 +277,7 @@ class BlockPlan:
         queries: Tensor,
         partial: Tensor | None,
     ) -> Tensor:
-        """Count (query, key) pairs of some heads, fp64 ``[batch, heads]``."""
+        """Count (query, key) pairs of some heads, ``[batch, heads]``, like ``queries``."""
         entry = torch.arange(index.shape[-1], device=self.device)
         live = entry < counts[..., None]
         size = lengths.gather(-1, index.flatten(2).long()).view_as(index) * live
@@ -283,11 +285,11 @@ class BlockPlan:
             pooled = (lengths > 0).sum(-1, keepdim=True) - (size > 0).sum(-1)
             means = (pooled * queries).sum(-1)
         else:
-            means = torch.zeros((), dtype=torch.float64, device=self.device)
+            means = queries.new_zeros(())
         if partial is None or self.tiles is None or not len(self.tiles):
             return (size.sum(-1) * queries).sum(-1) + means
         # A tile may reach past a short block: its bits there are 0 by construction.
-        bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).double()
+        bits = unpack_tiles(self.tiles, self.kv.max_length).sum((1, 2)).to(queries.dtype)
         whole = (size * (partial < 0)).sum(-1) * queries
         cut = torch.where(live & (partial >= 0), bits[partial.clamp(min=0).long()], 0.0)
         return (whole + cut.sum(-1)).sum(-1) + means

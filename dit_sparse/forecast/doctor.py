@@ -95,7 +95,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at everything; each kernel that can run is checked against the reference."""
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    names = ["cpu", *accelerators()]
     devices = tuple(_examine(name) for name in names)
     problems = [problem for device in devices for problem in _problems(device)]
     problems += [problem for problem in (_torchvision(), _ffmpeg()) if problem]
@@ -103,6 +103,13 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         environment(), devices, models, shipped_names(), native_state(), tuple(problems)
     )
+
+
+def accelerators() -> list[str]:
+    """Name the devices beside the CPU: "cuda:0", "mps:0", ...; best first."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count()
+    return [] if kind is None else [f"{kind.type}:{i}" for i in range(count)]
 
 
 def native_state() -> Native:
@@ -118,6 +125,8 @@ def _examine(name: str) -> Device:
     device = torch.device(name)
     if device.type == "cpu":
         dtype, description = torch.float32, processor()
+    elif device.type != "cuda":
+        dtype, description = torch.bfloat16, device.type
     else:
         found = torch.cuda.get_device_properties(device)
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_sparse.core.grid import BlockLayout
+from dit_sparse.core.machine import check_torch
 from dit_sparse.core.merge import merge
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
@@ -40,6 +41,7 @@ KERNELS = {
     "cudnn": "dit_sparse.kernels.cudnn",
     "flashinfer": "dit_sparse.kernels.flashinfer",
     "flex": "dit_sparse.kernels.flex",
+    "portable": "dit_sparse.kernels.portable",  # torch alone, on any device
     "reference": "dit_sparse.kernels.reference",
 }
 KMEANS = "dit_sparse.kernels.triton_kmeans"
@@ -67,6 +69,7 @@ class Backends(Planning):
         """Why the native CPU kernel did not run where it would have been the first choice."""
         self._modules: dict[str, ModuleType | str] = {}
         self._trusted: set[Key] = set()
+        self._small: dict[torch.device, BlockPlan] = {}  # the plan that a block mass is like
         self._measured: _Measured | None = None
 
     def attend(
@@ -168,7 +171,9 @@ class Backends(Planning):
             known = self._measured.of(query, key, lse, q, kv, scale)
             if known is not None:
                 return known
-        name, module = self._choose(query, small_plan(query.device), "block_mass")
+        if query.device not in self._small:
+            self._small[query.device] = small_plan(query.device)
+        name, module = self._choose(query, self._small[query.device], "block_mass")
         self._canary(name, module, query)
         result: Tensor | None = module.block_mass(query, key, lse, q, kv, scale)
         if result is None:
@@ -212,18 +217,64 @@ class Backends(Planning):
         return found.lloyd
 
     def explain(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        head_dim: int = 64,
     ) -> list[tuple[str, list[str]]]:
         """List every kernel with the reasons why it cannot run there; no reasons: it can."""
+        return self._explain(list(KERNELS), device, dtype, head_dim)
+
+    def settle(self, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+        """Name the kernel that will run calls of this kind, before there is any.
+
+        Warns where that is the portable one. A plan may still ask for what a kernel that was
+        chosen by name does not have; that call raises.
+
+        Raises:
+            KernelError: None can; gives the reasons of each.
+        """
+        check_torch()
+        names = self._names()
+        found = self._explain(names, device, dtype, head_dim)
+        against = [f"{name}: {reason}" for name, reasons in found for reason in reasons]
+        chosen = next((name for name, reasons in found if not reasons), None)
+        about = f"{dtype}, head_dim {head_dim}, on {device}"
+        if chosen is None:
+            others = ", ".join(name for name in KERNELS if name not in names)
+            raise KernelError(
+                f"no kernel can run this model's attention ({about}):\n  "
+                + "\n  ".join(against)
+                + "\nMove the model to the device that it will run on before sparse attention is "
+                f"enabled, or choose another kernel by name ({others})"
+            )
+        if chosen == "portable" and self.kernel is None:
+            warnings.warn(
+                f"sparse attention runs in the kernel 'portable' ({about}), which may be slower "
+                "than dense attention: compare the two; faster kernels cannot run here:\n  "
+                + "\n  ".join(against),
+                stacklevel=2,
+            )
+        return chosen
+
+    def _names(self) -> list[str]:
+        """Names of the kernels that may answer, best first."""
+        if self.kernel is not None:
+            return [self.kernel]
+        return [name for name in KERNELS if name not in BY_NAME_ONLY]
+
+    def _explain(
+        self, names: list[str], device: torch.device | str, dtype: torch.dtype, head_dim: int
+    ) -> list[tuple[str, list[str]]]:
         try:
-            query = torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)
+            query = torch.zeros(1, 1, 1, head_dim, device=device, dtype=dtype)
             plan = small_plan(query.device)
         except (RuntimeError, AssertionError) as error:  # torch without that device
             reason = (
                 f"this torch ({torch.__version__}) has no {device}: {str(error).splitlines()[0]}"
             )
-            return [(name, [reason]) for name in KERNELS]
-        return [(name, self._reasons(name, query, plan, "attend")) for name in KERNELS]
+            return [(name, [reason]) for name in names]
+        return [(name, self._reasons(name, query, plan, "attend")) for name in names]
 
     def _module(self, name: str) -> ModuleType | str:
         """Import a kernel; where one of its packages is missing, say which."""
@@ -258,12 +309,8 @@ class Backends(Planning):
     def _choose(
         self, query: Tensor, plan: BlockPlan, operation: str, *, needs_grad: bool = False
     ) -> tuple[str, ModuleType]:
-        if self.kernel is None:
-            names = [name for name in KERNELS if name not in BY_NAME_ONLY]
-        else:
-            names = [self.kernel]
         against: list[str] = []
-        for name in names:
+        for name in self._names():
             reasons = self._reasons(name, query, plan, operation, needs_grad=needs_grad)
             module = self._module(name)
             if not reasons and not isinstance(module, str):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.core.machine import widest_float
 from dit_sparse.errors import KernelError
 from dit_sparse.kernels.chunks import head_parts
 
@@ -147,14 +148,15 @@ def select_budget(value: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
         Kept pairs, bool like ``value``: those above the highest value that the budget cannot pay
         together with all above it. Pairs worth the same are kept or dropped together.
     """
-    limit = budget.expand(value.shape[:2]).double()[..., None]
+    wide = widest_float(value.device)
+    limit = budget.expand(value.shape[:2]).to(wide)[..., None]
     price = cost.expand(value.shape)
     mask = torch.empty(value.shape, dtype=torch.bool, device=value.device)
     for part in _parts(value):
         worth = value[:, part].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         flat = worth.flatten(2)
         order = _falling(flat)
-        spent = price[:, part].flatten(2).gather(-1, order).cumsum(-1, dtype=torch.float64)
+        spent = price[:, part].flatten(2).gather(-1, order).cumsum(-1, dtype=wide)
         paid = (spent <= limit[:, part]).sum(-1, keepdim=True)
         following = order.gather(-1, paid.clamp(max=order.shape[-1] - 1))
         border = flat.gather(-1, following).masked_fill(paid == order.shape[-1], -torch.inf)

@@ -18,6 +18,7 @@ import torch
 
 from dit_sparse.core.call import Method
 from dit_sparse.core.grid import LatentsGrid, cut
+from dit_sparse.core.machine import widest_float
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.gilbert import gilbert_order
@@ -396,7 +397,8 @@ class Composed(Method):
         self, score: Tensor, q: Side, kv: Side, ops: Ops, *, weights: bool
     ) -> Tensor:
         """Keep the pairs of a head with most weight per key that its budget pays."""
-        rows, keys = q.counts.double()[..., None], kv.counts.double()[:, :, None]
+        wide = widest_float(score.device)
+        rows, keys = q.counts.to(wide)[..., None], kv.counts.to(wide)[:, :, None]
         if weights:
             value = score / keys.clamp(min=1).to(score.dtype)
         else:

@@ -86,6 +86,22 @@ def heads_of(module: Any) -> int:
     )
 
 
+def head_dim_of(module: Any, config: Any) -> int | None:
+    """Read how wide a head of an attention module is; None where neither it nor the config says.
+
+    Args:
+        module: The attention module.
+        config: Of the transformer.
+    """
+    if isinstance(inner := getattr(module, "inner_dim", None), int):
+        return inner // heads_of(module)
+    for holder in (module, config):
+        for name in ("head_dim", "dim_head", "attention_head_dim"):
+            if isinstance(found := getattr(holder, name, None), int):
+                return found
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One row of the table of families.

@@ -18,6 +18,7 @@ import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
+from dit_sparse.core.machine import check_torch
 from dit_sparse.errors import AttachError
 from dit_sparse.pipelines import parallel
 
@@ -235,6 +236,9 @@ def _stock(
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
     result: Tensor = _stock_attention(seq_axis)(query, key, value, attn_mask=mask, **options)
     return result.contiguous()
+
+
+check_torch()  # an older one fails in the next line, and does not say what to do
 
 
 @torch.library.custom_op("dit_sparse::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

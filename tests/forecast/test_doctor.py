@@ -12,6 +12,7 @@ import torch
 from dit_sparse.core.machine import environment
 from dit_sparse.forecast import doctor
 from dit_sparse.kernels import cpu, dispatch, reference
+from tests.fake_device import FakeDevice
 
 
 @pytest.fixture
@@ -52,6 +53,16 @@ def test_this_machine_is_well():
     json.dumps(found.as_dict(), allow_nan=False)
     assert found.as_dict()["devices"][0]["chosen"] == device.chosen
     assert {"WanTransformer3DModel", "MochiTransformer3DModel"} <= {*found.models}
+
+
+def test_a_device_that_is_no_cuda_device_is_looked_at(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with FakeDevice("mps"):
+        assert doctor.accelerators() == ["mps:0"]
+        device = doctor._examine("mps:0")
+    assert device.chosen == "portable"
+    assert next(k for k in device.kernels if k.name == "portable").usable
 
 
 def test_the_environment_is_plain_data():

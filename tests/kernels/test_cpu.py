@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dit_sparse.bench import measure_peak_memory
 from dit_sparse.core.grid import BlockLayout, LatentsGrid
 from dit_sparse.core.plan import BlockPlan
-from dit_sparse.kernels import cpu, cpu_fused, cpu_mass, cpu_rows, cpu_tiles, reference
+from dit_sparse.kernels import cpu, cpu_fused, cpu_mass, cpu_rows, cpu_tiles, portable, reference
 from dit_sparse.kernels.canary import compare
 from dit_sparse.kernels.cpu_rows import piece_length, pieces_of, rows_of, slots_of
 from tests.plans import cases, inputs_for, sides
@@ -273,8 +273,9 @@ def test_pieces_are_the_spans(gaps, unit, rest, cut):
             assert pieces_of([(cut, last)], length, slots) is None
 
 
+@pytest.mark.parametrize("kernel", [cpu, portable])
 @given(st.data(), batches, head_counts, seeds, st.sampled_from([torch.float32, torch.bfloat16]))
-def test_block_mass_equals_the_reference(data, batch, heads, seed, dtype):
+def test_block_mass_equals_the_reference(kernel, data, batch, heads, seed, dtype):
     (q, _, _), (kv, _, _) = (
         data.draw(sides(batch, heads, is_query=side)) for side in (True, False)
     )
@@ -284,7 +285,7 @@ def test_block_mass_equals_the_reference(data, batch, heads, seed, dtype):
     score = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * 0.4
     lse = score.logsumexp(-1).float()
     lse[..., 0] = -math.inf
-    mass = cpu.block_mass(query, key, lse, q, kv, 0.4)
+    mass = kernel.block_mass(query, key, lse, q, kv, 0.4)
     assert mass.dtype == torch.float32
     exact = reference.block_mass(query, key, lse, q, kv, 0.4)
     # Plain fp32 makes the same sums; its error, twice, and one rounding.

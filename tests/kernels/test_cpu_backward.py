@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients on the CPU against autograd through a plain masked softmax in float64."""
+"""Gradients of torch's kernels against autograd through a plain masked softmax in float64."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.core.grid import BlockLayout, cut
 from dit_sparse.core.plan import BlockPlan
-from dit_sparse.kernels import cpu, cpu_backward, reference
+from dit_sparse.kernels import cpu, cpu_backward, portable, reference
 from dit_sparse.kernels.dispatch import Backends
 from tests.plans import cases, inputs_for
 from tests.strategies import generator
@@ -69,18 +70,24 @@ def gradients(attend, tensors, plan, dtype, seed):
     ]
 
 
-def by_backends(query, key, value, plan, log_weight):
-    return Backends("cpu").attend(query, key, value, plan, SCALE)
+def by_backends(query, key, value, plan, log_weight, kernel="cpu"):
+    return Backends(kernel).attend(query, key, value, plan, SCALE)
 
 
-@given(case=cases(), small=st.booleans())
-def test_float64_gradients_are_exact(case, small):
+kernels = st.sampled_from(["cpu", "portable"])
+
+
+@given(case=cases(), small=st.booleans(), kernel=kernels)
+@settings(max_examples=40)
+def test_float64_gradients_are_exact(case, small, kernel):
     plan, batch, heads, seed = case
     tensors = inputs_for(plan, batch, heads, 6, seed, torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(cpu_backward, "Q_ROWS", 8)
-        got = gradients(by_backends, tensors, plan, torch.float64, seed)
+            patch.setattr(portable, "Q_ROWS", 8)
+        attend = partial(by_backends, kernel=kernel)
+        got = gradients(attend, tensors, plan, torch.float64, seed)
     wanted = gradients(
         lambda q, k, v, p, w: naive(q, k, v, p, w, torch.float64),
         tensors,
@@ -115,12 +122,17 @@ def check(got, tensors, plan, dtype, seed):
         assert (one.double() - other).abs().max() <= allowed + 1e-6, name
 
 
-@given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_error_is_within_twice_that_of_plain_autograd(case, dtype):
+@given(
+    case=cases(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kernel=kernels,
+)
+@settings(max_examples=40)
+def test_error_is_within_twice_that_of_plain_autograd(case, dtype, kernel):
     plan, batch, heads, seed = case
     tensors = inputs_for(plan, batch, heads, 16, seed, dtype)
-    got = gradients(by_backends, tensors, plan, torch.float32, seed)
-    check(got, tensors, plan, dtype, seed)
+    attend = partial(by_backends, kernel=kernel)
+    check(gradients(attend, tensors, plan, torch.float32, seed), tensors, plan, dtype, seed)
 
 
 def test_threads_and_memory_pieces_change_nothing(monkeypatch):
