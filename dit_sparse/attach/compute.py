@@ -111,15 +111,15 @@ class Computation:
             own = self._dense(call, kept, dense)
             if output is None:
                 return own
-            output[:, :, head_index(kept)] = own
+            output[:, :, head_index(kept, output.device)] = own
         for group, (own, lse) in zip(planned, self._attend(call, planned), strict=True):
             finished = self._finish(group, own, lse, record)
             if output is None:
                 output = finished
-            elif group.kept == group.part.heads:
-                output[:, :, head_index(group.kept)] = finished
-            else:
-                output[:, :, head_index(group.kept)] = finished[:, :, _places(group)]
+                continue
+            if group.kept != group.part.heads:
+                finished = finished[:, :, _places(group)]
+            output[:, :, head_index(group.kept, output.device)] = finished
         assert output is not None
         if run.envelope is not None:
             self._hold(run.envelope, site, call, planned, output, dense, record)
@@ -158,7 +158,7 @@ class Computation:
         ]
         broken, record.error = envelope.check(call, output, watched)
         if broken:
-            output[:, :, head_index(broken)] = self._dense(call, broken, dense)
+            output[:, :, head_index(broken, output.device)] = self._dense(call, broken, dense)
             record.take_back(broken, site.dense_name)
 
     @staticmethod
@@ -185,7 +185,7 @@ class Computation:
         whole = select_heads(call, heads)
         output, lse = self.backends.attend(whole.query, whole.key, whole.value, plan, call.scale)
         for group in planned:
-            at = head_index(tuple(heads.index(head) for head in group.part.heads))
+            at = head_index(tuple(map(heads.index, group.part.heads)), output.device)
             yield output[:, :, at], lse[:, at]
 
     def _finish(self, group: Planned, output: Tensor, lse: Tensor, record: CallRecord) -> Tensor:
@@ -224,6 +224,7 @@ def _mind(memory: Memory, call: AttentionCall, place: Hashable) -> None:
         memory.drop(place)
 
 
-def _places(group: Planned) -> slice | list[int]:
+def _places(group: Planned) -> slice | Tensor:
     """Index a group's kept heads within the group."""
-    return head_index(tuple(group.part.heads.index(head) for head in group.kept))
+    places = tuple(map(group.part.heads.index, group.kept))
+    return head_index(places, group.part.query.device)

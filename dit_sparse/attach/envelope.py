@@ -215,11 +215,8 @@ def probe(
 
 def _narrow(heads: tuple[int, ...], *tensors: Tensor) -> list[Tensor]:
     """Take some heads; neighbours as a view, without a wait for the device either way."""
-    at = head_index(heads)
-    if isinstance(at, slice):
-        return [x[:, :, at] for x in tensors]
-    index = torch.tensor(at).to(tensors[0].device, non_blocking=True)
-    return [x.index_select(2, index) for x in tensors]
+    at = head_index(heads, tensors[0].device)
+    return [x[:, :, at] if isinstance(at, slice) else x.index_select(2, at) for x in tensors]
 
 
 def regroup(groups: Sequence[Choice], gone: frozenset[int]) -> list[Choice]:

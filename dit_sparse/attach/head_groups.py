@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,17 +22,29 @@ if TYPE_CHECKING:
     Heads = tuple[int, ...]
 
 
-def head_index(heads: Heads) -> slice | list[int]:
-    """Index heads by a slice where they are neighbours: a view instead of a copy."""
+def head_index(heads: Heads, device: torch.device | None = None) -> slice | Tensor:
+    """Index ascending heads by a slice where they are neighbours: a view instead of a copy.
+
+    Others get an index on ``device``; without one it is on the CPU, and its use elsewhere waits.
+    """
     first, last = heads[0], heads[-1]
-    return slice(first, last + 1) if last - first + 1 == len(heads) else list(heads)
+    if last - first + 1 == len(heads):
+        return slice(first, last + 1)
+    return index_on(heads, device)
+
+
+@lru_cache(maxsize=4096)
+def index_on(numbers: tuple[int, ...], device: torch.device | None) -> Tensor:
+    """Put an index on a device once: a list as an index is copied at every use, and waits."""
+    with torch.inference_mode(mode=False):  # it may be used outside of it, too
+        return torch.tensor(numbers).to(device)
 
 
 def select_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
     """Narrow a call to some of its heads; the narrowed call has no state yet."""
     if len(heads) == len(call.heads):
         return replace(call, heads=heads, state={})
-    at = head_index(heads)
+    at = head_index(heads, call.query.device)
     parts = {name: getattr(call, name)[:, :, at] for name in ("query", "key", "value")}
     return replace(call, **parts, heads=heads, state={})
 
@@ -73,8 +86,8 @@ def merge_plans(parts: Sequence[tuple[BlockPlan, Heads]]) -> tuple[BlockPlan, He
             if plan.tiles is not None:
                 tiles.append(plan.tiles)
     together = [head for _, heads in parts for head in heads]
-    order = torch.tensor(sorted(range(len(together)), key=together.__getitem__))
-    order = order.to(first.device)
+    places = sorted(range(len(together)), key=together.__getitem__)
+    order = index_on(tuple(places), first.device)
     joint = BlockPlan(
         first.q,
         first.kv,

@@ -52,7 +52,7 @@ def dense_lse(
     Returns:
         ``[batch, heads, count]``, natural log.
     """
-    chosen = query[:, rows.to(query.device)].transpose(1, 2).float() * scale
+    chosen = query[:, rows.to(query.device, non_blocking=True)].transpose(1, 2).float() * scale
     scores = chosen @ key.permute(0, 2, 3, 1).float()  # [batch, heads, count, keys]
     if text_valid is not None:
         position = torch.arange(key.shape[1], device=key.device)
@@ -87,7 +87,7 @@ def dense_output(
     Returns:
         ``[batch, count, heads, head_dim]``.
     """
-    chosen = query[:, rows.to(query.device)]
+    chosen = query[:, rows.to(query.device, non_blocking=True)]
     q, k, v = (x.transpose(1, 2) for x in (chosen, key, value))
     mask = None
     if text_valid is not None:
@@ -115,7 +115,7 @@ def recall(lse: Tensor, full: Tensor, rows: Tensor) -> Tensor:
     Returns:
         fp32 ``[heads]``, in [0, 1]: a row whose two LSEs are rounded apart counts 1.
     """
-    kept = lse[..., rows.to(lse.device)].float()
+    kept = lse[..., rows.to(lse.device, non_blocking=True)].float()
     return (kept - full).exp().clamp(max=1).mean((0, 2))
 
 
@@ -146,7 +146,7 @@ def relative_error(
         E and s(E), both ``[batch, heads]``, fp32 or wider; nan where a row is not finite.
     """
     seq_len, count = output.shape[1], len(rows)
-    at = rows.to(output.device)
+    at = rows.to(output.device, non_blocking=True)
     exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
     lost = (output[:, at].to(exact.dtype) - exact).square().sum(-1)  # [batch, count, heads]
     whole = exact.square().sum(-1)

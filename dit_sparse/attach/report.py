@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.attach.head_groups import head_index
+
 MOST_TOLD = 5  # heads that a summary names; a report has them all
 
 
@@ -80,7 +82,9 @@ class Part:
 
         def own(value: Any) -> Any:
             each = isinstance(value, Tensor) and value.shape == (len(self.heads),)
-            return value[stay] if each else value
+            if not (each and stay):
+                return value
+            return value[head_index(tuple(stay), value.device)]
 
         kept = tuple(self.heads[i] for i in stay)
         return Part(self.method, kept, self.kernel, own(self.density), own(self.recall))

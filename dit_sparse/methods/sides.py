@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.core.grid import BlockLayout, cut
+from dit_sparse.core.grid import BlockLayout
 from dit_sparse.core.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -150,18 +150,18 @@ def _with_text(
     batch, heads = side.order.shape[:2]
     if text_valid is not None:
         batch = max(batch, text_valid.shape[0])
-    text = cut(grid.text_length, side.block_size)
+    text, size = grid.text_length, side.block_size
     video = grid.video_start
     own = (side.order.long() + video, side.starts + video, side.lengths)
     parts = [tuple(x.expand(batch, heads, -1) for x in own)]
     if text:
-        length = torch.tensor(text, dtype=torch.int32, device=device)
-        behind = length.cumsum(0, dtype=torch.int32)
-        length, start = length.expand(batch, -1), behind - length
+        # Computed on the device: a list would be copied to it, which waits.
+        start = torch.arange(0, text, size, dtype=torch.int32, device=device)
+        length = (text - start).clamp(max=size).expand(batch, -1)
         if text_valid is not None:
             room = text_valid.to(device, torch.int32)[:, None] - start
             length = torch.minimum(length, room.clamp(min=0))
-        words = torch.arange(grid.text_length, device=device) + grid.text_start
+        words = torch.arange(text, device=device) + grid.text_start
         text_part = (
             words.expand(batch, heads, -1),
             (start + grid.text_start).expand(batch, heads, -1),

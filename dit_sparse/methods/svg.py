@@ -148,6 +148,6 @@ class SVG(Method):
     def _kinds(self, call: AttentionCall, bands: HeadBands) -> Tensor:
         """Choose: int64 ``[batch, heads]``, SPATIAL where neither is better."""
         rows = self.sampled_rows(call.layer, call.step, call.grid.video_tokens)
-        errors = band_errors(call, bands, rows.to(call.query.device))
+        errors = band_errors(call, bands, rows.to(call.query.device, non_blocking=True))
         errors = errors.masked_fill(errors.isnan(), torch.inf)  # nan is the worst, not the best
         return torch.where(errors[TEMPORAL] < errors[SPATIAL], TEMPORAL, SPATIAL)
