@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import time
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -35,15 +36,40 @@ def check_lloyd(lloyd: Any, device: torch.device, dtype: torch.dtype, head_dim: 
     return None
 
 
-def check_kernel(
-    module: Any, device: torch.device, dtype: torch.dtype, head_dim: int
+@lru_cache(maxsize=4096)
+def check_once(
+    module: Any,
+    attend: Any,  # noqa: ARG001  (the module's: one that was exchanged is checked anew)
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kind: Kind,
 ) -> str | None:
-    """Run a kernel on a small problem with ragged and dropped blocks; say what is wrong, if so."""
-    plan = small_plan(device)
+    """Check a kernel as ``check_kernel`` does, once a process."""
+    return check_kernel(module, device, dtype, head_dim, kind)
+
+
+def check_kernel(
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kind: Kind | None = None,
+) -> str | None:
+    """Run a kernel on a small problem with ragged and dropped blocks; say what is wrong, if so.
+
+    Args:
+        module: The kernel.
+        device: Where.
+        dtype: Of query, key and value.
+        head_dim: Of query, key and value.
+        kind: Of the plan; None: the plainest.
+    """
+    plan = small_plan(device, kind)
     random = torch.Generator().manual_seed(0)
-    shape = (1, plan.query_length, 2, head_dim)
     query, key, value = (
-        torch.randn(shape, generator=random).to(device=device, dtype=dtype) for _ in range(3)
+        torch.randn(1, tokens, 2, head_dim, generator=random).to(device=device, dtype=dtype)
+        for tokens in (plan.query_length, plan.key_length, plan.key_length)
     )
     with torch.no_grad():
         output, lse = module.attend(query, key, value, plan, head_dim**-0.5)
@@ -159,9 +185,88 @@ def _error_bound(
     return torch.finfo(query.dtype).eps * roundings * most(value[..., None])
 
 
-def small_plan(device: torch.device) -> BlockPlan:
-    """Make a plan of unequal blocks, a ragged tail and an empty row, 2 heads."""
-    q = BlockLayout.from_lengths([64, 64, 37])
-    kv = BlockLayout.from_lengths([64, 32, 64, 5])
+class Kind(NamedTuple):
+    """What of a plan decides how a kernel computes it: its tiling, and which of its code runs.
+
+    Args:
+        q_length: Longest query block, or one with the same tiles. This and the next three are the
+            same for all plans on the CPU, whose kernels do not go by them.
+        kv_length: The same of key blocks.
+        q_spread: Query blocks start at equal distances.
+        kv_spread: Key blocks do.
+        own: Heads have layouts of their own.
+        q_permuted: Queries are reordered.
+        kv_permuted: Keys are.
+        weighted: Keys have log weights.
+        cut: Bit tiles cut blocks.
+    """
+
+    q_length: int = 64
+    kv_length: int = 64
+    q_spread: bool = True
+    kv_spread: bool = False
+    own: bool = False
+    q_permuted: bool = False
+    kv_permuted: bool = False
+    weighted: bool = False
+    cut: bool = False
+
+    @classmethod
+    def of(cls, plan: BlockPlan) -> Kind:
+        """Read the kind of a plan; no value is read from the device."""
+        tiling = (64, 64, True, False)
+        if plan.device.type != "cpu":
+            longest = _like(plan.q.max_length), _like(plan.kv.max_length)
+            tiling = (*longest, plan.q.spread, plan.kv.spread)
+        return cls(
+            *tiling,
+            max(plan.q.lengths.shape[1], plan.kv.lengths.shape[1]) > 1,
+            plan.q_permutation is not None,
+            plan.kv_permutation is not None,
+            plan.kv_log_weight is not None,
+            plan.tiles is not None and len(plan.tiles) > 0,
+        )
+
+
+def _like(length: int) -> int:
+    """Shorten a long block to one whose tiles of up to 128 are cut likewise, three or more."""
+    return length if length <= 384 else 384 + length % 128
+
+
+def small_plan(device: torch.device, kind: Kind | None = None) -> BlockPlan:
+    """Make a plan of a kind: unequal blocks, a ragged tail and an empty row, 2 heads."""
+    kind = Kind() if kind is None else kind
+    random = torch.Generator().manual_seed(1)
+    long, wide = kind.q_length, kind.kv_length
+    rest = -(-long * 4 // 7)  # 37 of 64
+    q = _layout([long, long if kind.q_spread else rest, rest], kind.q_spread)
+    short = wide if kind.kv_spread else -(-wide // 2)
+    kv = _layout([wide, short, wide, min(5, wide)], kind.kv_spread)
     rows = [[[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0]]]
-    return BlockPlan.from_block_mask(torch.tensor([rows], dtype=torch.bool), q, kv).to(device)
+    kept = torch.tensor([rows], dtype=torch.bool)
+    if kind.cut:
+        mask = kept.repeat_interleave(q.lengths[0, 0], 2).repeat_interleave(kv.lengths[0, 0], 3)
+        mask[:, :, long:] &= torch.rand(q.slots - long, kv.slots, generator=random) < 0.7
+        plan = BlockPlan.from_token_mask(mask, q, kv)
+    else:
+        plan = BlockPlan.from_block_mask(kept, q, kv)
+    if kind.own:
+        plan = replace(plan, q=_of_each_head(q), kv=_of_each_head(kv))
+    weight = torch.randn(1, 1, kv.slots, generator=random)
+    weight[..., 3] = -torch.inf
+    q_order, kv_order = (torch.randperm(x.slots, generator=random)[None, None] for x in (q, kv))
+    return replace(
+        plan,
+        q_permutation=q_order if kind.q_permuted else None,
+        kv_permutation=kv_order if kind.kv_permuted else None,
+        kv_log_weight=weight if kind.weighted else None,
+    ).to(device)
+
+
+def _layout(lengths: list[int], spread: bool) -> BlockLayout:
+    return replace(BlockLayout.from_lengths(lengths), spread=spread)
+
+
+def _of_each_head(layout: BlockLayout) -> BlockLayout:
+    starts, lengths = (x.repeat(1, 2, 1) for x in (layout.starts, layout.lengths))
+    return replace(layout, starts=starts, lengths=lengths)

@@ -23,7 +23,13 @@ from dit_sparse.core.merge import merge
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.kernels import native
-from dit_sparse.kernels.canary import check_kernel, check_lloyd, small_plan, torch_is_faster
+from dit_sparse.kernels.canary import (
+    Kind,
+    check_lloyd,
+    check_once,
+    small_plan,
+    torch_is_faster,
+)
 from dit_sparse.kernels.kmeans import kmeans
 from dit_sparse.kernels.means import add_means, block_means, means_plan
 from dit_sparse.kernels.planning import Planning
@@ -48,7 +54,7 @@ KMEANS = "dit_sparse.kernels.triton_kmeans"
 # Never chosen unless asked for: the reference is slow, the others have not run on a GPU yet.
 BY_NAME_ONLY = {"reference", "cudnn", "flashinfer", "flex"}
 
-Key = tuple[str, torch.device, torch.dtype, int]
+Key = tuple[str, torch.device, torch.dtype, int, Kind]
 
 
 class Backends(Planning):
@@ -92,7 +98,7 @@ class Backends(Planning):
         _check_plan(query, key, plan)
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         name, module = self._choose(query, plan, "attend", needs_grad=needs_grad)
-        self._canary(name, module, query)
+        self._canary(name, module, query, plan)
         self._measured, result = None, None
         if plan.measured and hasattr(module, "attend_with_mass"):
             found = module.attend_with_mass(query, key, value, plan, scale)
@@ -102,7 +108,7 @@ class Backends(Planning):
         else:
             result = module.attend(query, key, value, plan, scale)
         if result is None:
-            name, module = self._torch_on_cpu(query)
+            name, module = self._torch_on_cpu(query, plan)
             result = module.attend(query, key, value, plan, scale)
         if name == "reference":
             result = _rounded(result, query.dtype)
@@ -174,10 +180,10 @@ class Backends(Planning):
         if query.device not in self._small:
             self._small[query.device] = small_plan(query.device)
         name, module = self._choose(query, self._small[query.device], "block_mass")
-        self._canary(name, module, query)
+        self._canary(name, module, query, self._small[query.device])
         result: Tensor | None = module.block_mass(query, key, lse, q, kv, scale)
         if result is None:
-            name, module = self._torch_on_cpu(query)
+            name, module = self._torch_on_cpu(query, self._small[query.device])
             result = module.block_mass(query, key, lse, q, kv, scale)
         self.last_kernel = name
         return result.float()
@@ -204,7 +210,7 @@ class Backends(Planning):
         if isinstance(module, str) or module.reasons_against_tensor(points):
             return None
         found = importlib.import_module(KMEANS)
-        key = (KMEANS, points.device, points.dtype, points.shape[-1])
+        key = (KMEANS, points.device, points.dtype, points.shape[-1], Kind())
         if key not in self._trusted:
             error = check_lloyd(found.lloyd, points.device, points.dtype, points.shape[-1])
             if error is not None:
@@ -334,10 +340,10 @@ class Backends(Planning):
                 stacklevel=2,
             )
 
-    def _torch_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
+    def _torch_on_cpu(self, query: Tensor, plan: BlockPlan) -> tuple[str, ModuleType]:
         """Give the kernel for numbers that the native one does not compute with, e.g. NaN."""
         module = importlib.import_module(KERNELS["cpu"])
-        self._canary("cpu", module, query)
+        self._canary("cpu", module, query, plan)
         return "cpu", module
 
     def _faster_on_cpu(self, query: Tensor) -> tuple[str, ModuleType]:
@@ -346,16 +352,20 @@ class Backends(Planning):
         name = "cpu" if slower else "native"
         return name, importlib.import_module(KERNELS[name])
 
-    def _canary(self, name: str, module: ModuleType, query: Tensor) -> None:
-        """Compare a kernel with the reference before its first use on a device and dtype."""
-        key = (name, query.device, query.dtype, query.shape[-1])
-        if name == "reference" or key in self._trusted:
+    def _canary(self, name: str, module: ModuleType, query: Tensor, plan: BlockPlan) -> None:
+        """Compare a kernel with the reference before its first use on plans of this kind."""
+        if name == "reference":
             return
-        error = check_kernel(module, query.device, query.dtype, query.shape[-1])
+        kind = plan.once("kind", lambda: Kind.of(plan))
+        key = (name, query.device, query.dtype, query.shape[-1], kind)
+        if key in self._trusted:
+            return
+        error = check_once(module, module.attend, *key[1:])
         if error is not None:
             raise KernelError(
                 f"kernel {name!r} failed its check against the reference, head_dim "
-                f"{query.shape[-1]}, {query.dtype} on {describe_device(query.device)}: {error}. "
+                f"{query.shape[-1]}, {query.dtype} on {describe_device(query.device)}, {kind}: "
+                f"{error}. "
                 f"{versions()}. Choose another kernel by name, and please report this."
             )
         self._trusted.add(key)

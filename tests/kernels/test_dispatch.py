@@ -2,6 +2,7 @@
 """Choosing a kernel: it explains itself, refuses clearly, and checks a kernel before its use."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -13,8 +14,9 @@ from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import KernelError, PlanError
 from dit_sparse.kernels import cpu
 from dit_sparse.kernels import dispatch as module
-from dit_sparse.kernels.canary import compare
+from dit_sparse.kernels.canary import Kind, compare, small_plan
 from dit_sparse.kernels.dispatch import BY_NAME_ONLY, KERNELS, Backends
+from dit_sparse.kernels.triton_target import forward_tiling
 from tests import tiny
 from tests.strategies import attention_inputs
 
@@ -137,14 +139,47 @@ def test_a_wrong_kernel_is_found_before_its_first_use(fake, spoil, words):
         assert part in str(error.value)
 
 
-def test_the_check_is_made_once_for_each_device_dtype_and_head_dim(fake, monkeypatch):
+def test_the_check_is_made_once_for_each_device_dtype_head_dim_and_kind_of_plan(fake, monkeypatch):
     calls = []
-    check = module.check_kernel
-    monkeypatch.setattr(module, "check_kernel", lambda *a: calls.append(a[1:]) or check(*a))
+    check = module.check_once
+    monkeypatch.setattr(module, "check_once", lambda *a: calls.append(a[2:]) or check(*a))
     ops = Backends("fake")
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         ops.attend(*inputs(dtype), PLAN, 0.25)
-    assert calls == [(torch.device("cpu"), d, 16) for d in (torch.float32, torch.bfloat16)]
+    order = torch.arange(39)[None, None]
+    ops.attend(*inputs(), replace(PLAN, kv_permutation=order), 0.25)
+    ops.attend(*inputs(), replace(PLAN, kv_permutation=order.flip(-1)), 0.25)
+    dtypes = (torch.float32, torch.bfloat16, torch.float32)
+    assert [call[:3] for call in calls] == [(torch.device("cpu"), d, 16) for d in dtypes]
+    assert [call[3].kv_permuted for call in calls] == [False, False, True]
+
+
+@pytest.mark.parametrize("flag", range(2, len(Kind._fields)))
+def test_the_checks_plan_is_of_the_calls_kind(flag):
+    """So it has the call's own tiling (of the same longest blocks), and runs the same code."""
+    for lengths in ((16, 96), (1000, 128), (77, 33)):
+        kind = Kind(*lengths)
+        kind = kind._replace(**{Kind._fields[flag]: not kind[flag]})
+        plan = small_plan(torch.device("cpu"), kind).validate()
+        assert Kind.of(plan) == Kind(*Kind()[:4], *kind[4:])
+        assert (plan.q.max_length, plan.kv.max_length) == lengths
+        wanted = kind._replace(q_length=min(lengths[0], 384 + 1000 % 128))
+        assert Kind.of(plan.to("meta")) == wanted
+        for target, plain in (("sm_80", True), ("sm_90", False), ("gfx942", True)):
+            call = forward_tiling(target, torch.bfloat16, 128, *lengths, plain=plain)
+            assert call == forward_tiling(target, torch.bfloat16, 128, *wanted[:2], plain=plain)
+
+
+def test_a_kernel_that_is_wrong_on_one_kind_of_plan_alone_is_found(fake):
+    def attend(query, key, value, plan, scale):
+        output, lse = cpu.attend(query, key, value, plan, scale)
+        return output * (1 + (plan.kv_permutation is not None)), lse
+
+    fake.attend = attend
+    ops, order = Backends("fake"), torch.arange(39)[None, None]
+    ops.attend(*inputs(), PLAN, 0.25)
+    with pytest.raises(KernelError, match=r"kv_permuted=True.*: output differs by"):
+        ops.attend(*inputs(), replace(PLAN, kv_permutation=order), 0.25)
 
 
 def changed(index, change):
@@ -244,7 +279,7 @@ def test_bench_reports_ratios(tmp_path, small_bench):
 
 def test_bench_prints_no_speed_of_a_wrong_result(fake, small_bench, monkeypatch):
     fake.attend = lambda *call: (cpu.attend(*call)[0] * 1.1, cpu.attend(*call)[1])
-    monkeypatch.setattr(module, "check_kernel", lambda *_: None)
+    monkeypatch.setattr(module, "check_once", lambda *_: None)
     for found in run_bench(**small_bench, kernels=("fake",)).measurements:
         assert "output differs" in found.fault
         assert found.sparse_ms is None
