@@ -6,6 +6,7 @@ import torch
 
 import dit_sparse
 from dit_sparse.attach import apply
+from dit_sparse.core.machine import OLDEST_TORCH
 from dit_sparse.errors import KernelError, UnsupportedError
 from dit_sparse.kernels import triton_attention
 from tests import tiny
@@ -81,6 +82,12 @@ def test_an_old_torch_is_refused_with_what_to_install(pipe, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.8.0+cu128")
     with pytest.raises(UnsupportedError, match=r"needs torch >= 2\.9, got 2\.8\.0.*pip install"):
         dit_sparse.enable(pipe, "radial")
+
+
+def test_pyproject_and_the_errors_name_the_same_versions(root):
+    asked = (root / "pyproject.toml").read_text(encoding="utf-8")
+    for package, oldest in (("torch", OLDEST_TORCH), ("triton", triton_attention.OLDEST_TRITON)):
+        assert f'"{package}>={oldest[0]}.{oldest[1]}' in asked
 
 
 def test_where_none_can_run_the_reasons_of_all_are_given(pipe, monkeypatch):
