@@ -217,6 +217,7 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
             "mixed-25": rows(25.0, right=True),
         },
     }
+    data["arms"]["pooled-50"][1]["psnr"] = 23.0  # 10 and 8 dB below the mix
     (folder / "some-tiny.json").write_text(json.dumps(data))
     monkeypatch.setattr(page, "RESULTS", folder)
     monkeypatch.setattr(page, "PAGE", tmp_path / "fidelity.md")
@@ -224,7 +225,10 @@ def test_the_page_has_every_arm_and_says_what_is_missing(tmp_path, monkeypatch):
     text = (tmp_path / "fidelity.md").read_text()
     assert "| **mixed** | 0.500 | 30.50 | 30.00 |" in text
     assert text.index("**mixed** | 0.500 | 30.50") < text.index("| pooled |")
-    assert "| pooled | 0.500 | 20.50 | 20.00 | 0.900 | 0.900 | 0.100 | 0.100 | 0/2 | 2/2 |" in text
+    assert (
+        "| pooled | 0.500 | 21.50 | 20.00 | 0.900 | 0.900 | 0.100 | 0.100 | 0/2 | +9.0 ± 1.0 |"
+        in text
+    )
     assert "### Density 0.25\n" in text
     assert "radial: not in the table, comes to 0.309 at the nearest." in text
     assert "Dense clips right: 1/2." in text
