@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HAS_BACKWARD = True
 WIDEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OLDEST_TRITON = (3, 6)
+OLDEST_TRITON = (3, 5)  # torch 2.9 brings it
 WIDEST_OFFSET = 2**31  # elements between the rows of one tile; within a tile addresses are 32-bit
 
 
@@ -57,7 +57,8 @@ def reasons_against_tensor(query: Tensor) -> list[str]:
         return ["triton is not installed: pip install triton (Linux, NVIDIA or AMD GPU)"]
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST_TRITON:
-        return [f"needs triton >= {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}, got {triton.__version__}"]
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return [f"needs triton >= {oldest} (torch 2.9 brings it), got {triton.__version__}"]
     reasons = []
     if query.dtype not in DTYPES:
         reasons.append(f"computes float16, bfloat16 and float32, got {query.dtype}")
