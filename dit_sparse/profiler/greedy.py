@@ -132,7 +132,7 @@ class Greedy(Method):
                 own, lse = ops.attend(part.query, part.key, part.value, plan, part.scale)
                 if method is not None:
                     own = method.finish(part, own, lse, ops)
-            output[:, :, head_index(heads)] = own
+            output[:, :, head_index(heads, output.device)] = own
         return output
 
 
