@@ -18,7 +18,6 @@ import torch
 
 from dit_sparse.core.call import Method
 from dit_sparse.core.grid import LatentsGrid, cut
-from dit_sparse.core.machine import widest_float
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.errors import StrategyError
 from dit_sparse.methods.gilbert import gilbert_order
@@ -35,6 +34,7 @@ from dit_sparse.methods.lists import (
     share_of,
 )
 from dit_sparse.methods.order import morton_order, tile_order
+from dit_sparse.methods.selection import above_spread, best, within_budget
 from dit_sparse.methods.sides import Side, cluster_side, fixed_side, plan_groups
 
 if TYPE_CHECKING:
@@ -384,42 +384,19 @@ class Composed(Method):
             living = score.masked_fill(empty, -torch.inf)
             return ranked(living, lambda x: ops.select_top_k(x, count))
         if self.select == "budget":
-            return self._within_budget(score, q, kv, ops, weights=weights)
-        living = (~empty).expand_as(score)
-        many = living.sum(-1, keepdim=True)
-        finite = score.masked_fill(~living, 0)
-        above = (finite - finite.sum(-1, keepdim=True) / many).masked_fill(~living, 0)
-        spread = (above.square().sum(-1, keepdim=True) / many).sqrt()
-        kept = living & (above > self.threshold * spread)
-        return kept if self.compensate == "means" else kept | _best(score, living)
+            return within_budget(
+                self._per_key(score, kv, weights=weights), q, kv, self.density, ops,
+                means=self.compensate == "means",
+            )  # fmt: skip
+        kept = above_spread(score, ~empty, self.threshold)
+        return kept if self.compensate == "means" else kept | best(score, ~empty)
 
-    def _within_budget(
-        self, score: Tensor, q: Side, kv: Side, ops: Ops, *, weights: bool
-    ) -> Tensor:
-        """Keep the pairs of a head with most weight per key that its budget pays."""
-        wide = widest_float(score.device)
-        rows, keys = q.counts.to(wide)[..., None], kv.counts.to(wide)[:, :, None]
+    def _per_key(self, score: Tensor, kv: Side, *, weights: bool) -> Tensor:
+        """Spread the weight of a key group evenly over its keys; of scores its logarithm."""
+        keys = kv.counts.clamp(min=1)[:, :, None]
         if weights:
-            value = score / keys.clamp(min=1).to(score.dtype)
-        else:
-            size = 0 if self.score == "mean" else keys.clamp(min=1).log().float()
-            value = score.log_softmax(-1) - size
-        value = value.masked_fill(keys == 0, -torch.inf)
-        budget = self.density * rows.sum((-1, -2)) * keys.sum((-1, -2))
-        if self.compensate == "none":
-            best = _best(value, keys > 0)
-            return (
-                ops.select_budget(value.masked_fill(best, torch.inf), rows * keys, budget) | best
-            )
-        means = (keys / kv.block_size).ceil()  # a key each
-        budget = budget - rows.sum((-1, -2)) * means.sum((-1, -2))
-        return ops.select_budget(value, rows * (keys - means), budget)
-
-
-def _best(score: Tensor, living: Tensor) -> Tensor:
-    """Mark the best group of each row that has keys."""
-    best = score.masked_fill(~living, -torch.inf).argmax(-1, keepdim=True)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, value=True)
+            return score / keys.to(score.dtype)
+        return score.log_softmax(-1) - (0 if self.score == "mean" else keys.float().log())
 
 
 def grown(clusters: int, old: LatentsGrid, new: LatentsGrid) -> int:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Select key groups for query groups: a budget for each head, and a threshold in a row's spread.
+
+Groups may be of unequal size and may be empty. Scores are ``[batch, heads, q_groups, kv_groups]``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from dit_sparse.core.machine import widest_float
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_sparse.core.call import Ops
+    from dit_sparse.methods.sides import Side
+
+
+def within_budget(
+    value: Tensor, q: Side, kv: Side, density: float, ops: Ops, *, means: bool
+) -> Tensor:
+    """Keep the pairs of groups that are worth most per key, until a head's budget is used up.
+
+    Args:
+        value: Of a key in each pair of groups, fp32.
+        q: The query groups.
+        kv: The key groups.
+        density: Share of a head's pairs of tokens that may be computed, in (0, 1].
+        ops: The kernels' operations.
+        means: Every group is read at least as its mean, one key for each block of it, which the
+            budget pays first. Otherwise each query group keeps its best key group, whatever the
+            budget.
+
+    Returns:
+        bool, like ``value``.
+    """
+    wide = widest_float(value.device)
+    rows, keys = q.counts.to(wide)[..., None], kv.counts.to(wide)[:, :, None]
+    value = value.masked_fill(keys == 0, -torch.inf)
+    budget = density * rows.sum((-1, -2)) * keys.sum((-1, -2))
+    if means:
+        read = (keys / kv.block_size).ceil()
+        budget = budget - rows.sum((-1, -2)) * read.sum((-1, -2))
+        return ops.select_budget(value, rows * (keys - read), budget)
+    first = best(value, keys > 0)
+    return ops.select_budget(value.masked_fill(first, torch.inf), rows * keys, budget) | first
+
+
+def above_spread(score: Tensor, living: Tensor, spreads: float) -> Tensor:
+    """Keep what lies above its row's mean by more than ``spreads`` standard deviations.
+
+    Args:
+        score: fp32.
+        living: Groups that have keys, bool, expandable to ``score``.
+        spreads: Any sign. Sol-Attn (arXiv:2607.24027) has 0.8 to 1.5.
+    """
+    living = living.expand_as(score)
+    many = living.sum(-1, keepdim=True)
+    finite = score.masked_fill(~living, 0)
+    above = (finite - finite.sum(-1, keepdim=True) / many).masked_fill(~living, 0)
+    spread = (above.square().sum(-1, keepdim=True) / many).sqrt()
+    return living & (above > spreads * spread)
+
+
+def best(score: Tensor, living: Tensor) -> Tensor:
+    """Mark the best group of each row that has keys."""
+    found = score.masked_fill(~living, -torch.inf).argmax(-1, keepdim=True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, found, value=True)
