@@ -70,7 +70,7 @@ def test_evaluate_never_takes_clips_of_another_pipeline(evaluate, model, tmp_pat
     refused(evaluate(out), "scheduler.config.flow_shift: 3.0, now 9.0", "pipeline.vae.weights: ")
     setup = out / "evaluation.json"
     setup.write_text(json.dumps({"schema_version": 1, "model": "m", "call": {"weights": "ab"}}))
-    refused(evaluate(out), "holds clips of an earlier version of dit-sparse")
+    refused(evaluate(out), "contains clips from an earlier version of dit-sparse")
     for damage in ("[]", "[" * 100_000):
         setup.write_text(damage)
         refused(evaluate(out), "evaluation.json: ")
@@ -113,7 +113,7 @@ def test_profile_never_takes_measurements_of_another_pipeline(profile, model, tm
         refused(profile(), "setup.json: cannot be read: ")
     del content["pipeline"]
     setup.write_text(json.dumps(content))
-    refused(profile(), "holds measurements of an earlier version of dit-sparse")
+    refused(profile(), "contains measurements from an earlier version of dit-sparse")
     setup.unlink()
     refused(profile(), "has measurements but no setup.json")
     assert unit.read_bytes() == before

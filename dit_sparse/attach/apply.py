@@ -73,8 +73,8 @@ class SparseAttention(SparseEngine):
         for name, model in models.items():
             if attached := [p for p, site in sites_of(model) if site.alive]:
                 raise AttachError(
-                    f"{name}.{attached[0]} already has sparse attention from another pipeline "
-                    "that shares this transformer; disable it there first"
+                    f"{name}.{attached[0]} already has sparse attention, enabled through another "
+                    "pipeline that shares this transformer; disable it on that pipeline first"
                 )
             clear(model)  # what a pipeline that is gone left behind
             family = family_of(model)
@@ -218,8 +218,7 @@ def transformers_of(target: Any) -> dict[str, Any]:
     models = {name: unwrap(m) for name, m in found.items() if isinstance(m, nn.Module)}
     if not models:
         raise UnsupportedError(
-            f"{type(target).__name__} has no transformer that dit_sparse knows; it supports "
-            f"pipelines with: {ALL}"
+            f"{type(target).__name__} has no supported transformer; supported: {ALL}"
         )
     return models
 
@@ -236,16 +235,18 @@ def _settle(backends: Backends, target: Any, model: Any, family: Family) -> None
 def own_strategy(target: Any) -> Strategy:
     """Read the strategy in the folder or repository that a pipeline or model was loaded from."""
     name = dict(getattr(target, "config", None) or {}).get("_name_or_path")
-    hint = "; name one, as in enable_sparse_attention(\"radial\"): 'dit-sparse methods' lists them"
+    hint = "; pass one, e.g. enable_sparse_attention(\"radial\"): 'dit-sparse methods' lists them"
     if not name:
         raise StrategyError(
-            f"this {type(target).__name__} was not loaded from a folder or repository that could "
-            f"hold a strategy{hint}"
+            f"no strategy given, and this {type(target).__name__} was not loaded from a folder "
+            f"or repository that could contain one{hint}"
         )
     try:
         return Strategy.from_pretrained(name)
     except StrategyError as error:
-        raise StrategyError(f"no strategy beside the model: {error}{hint}") from error
+        raise StrategyError(
+            f"no strategy given, and none found with the model: {error}{hint}"
+        ) from error
 
 
 def current(target: Any) -> SparseAttention | None:
@@ -266,8 +267,8 @@ def refuse_exchange(target: Any, name: str, value: Any) -> None:
     parts = value.modules() if isinstance(value, nn.Module) else ()
     if attached is None or not any(part is attached for part in parts):
         raise AttachError(
-            f"{type(target).__name__}.{name} cannot be exchanged while sparse attention is "
-            "enabled on it: call disable_sparse_attention() first, and enable it again after"
+            f"{type(target).__name__}.{name} cannot be replaced while sparse attention is "
+            "enabled on it; call disable_sparse_attention() first, then enable it again"
         )
 
 
@@ -344,13 +345,14 @@ def disable(target: Any) -> None:
         for model in (unwrap(each) for each in here if isinstance(each, nn.Module)):
             if left := [path for path, site in sites_of(model) if site.alive]:
                 raise AttachError(
-                    f"{left[0]} has sparse attention from another pipeline that shares this "
-                    "transformer; disable it there"
+                    f"{left[0]} has sparse attention, enabled through another pipeline that "
+                    "shares this transformer; disable it on that pipeline"
                 )
             if clear(model):
                 return
         warnings.warn(
-            f"sparse attention is not enabled on {type(target).__name__}; nothing to disable",
+            f"sparse attention is not enabled on {type(target).__name__}, so it cannot be "
+            "disabled",
             stacklevel=2,
         )
         return

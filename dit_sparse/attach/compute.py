@@ -82,9 +82,9 @@ class Computation:
         if share is not None:
             if self.watch is not None:
                 raise AttachError(
-                    f"{site.path}: context parallelism gives this process a part of the heads, "
-                    "and the profiler and inspect look at all of them: do so on one GPU, on a "
-                    "model without enable_parallelism"
+                    f"{site.path}: under context parallelism this process has only some of the "
+                    "heads, but the profiler and inspect need all of them; run them on one GPU, "
+                    "without enable_parallelism"
                 )
             groups = within(groups, share.first, len(call.heads))
         groups, gone = self._take_back(run, call, groups, record)

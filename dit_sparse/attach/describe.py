@@ -59,9 +59,9 @@ def describe(
     """
     moment = now.moment
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        raise Decline("gradients are asked for; run under torch.no_grad()")
+        raise Decline("gradients are required; run under torch.no_grad()")
     if moment is None:
-        raise Decline(now.reason or "the step of this pass is not known")
+        raise Decline(now.reason or "the step of this pass is unknown")
     batch, tokens, heads, head_dim = query.shape
     record.step, record.branch = moment.step, _branch(run, site, stage, moment, batch)
     if HERE.declined is not None:
@@ -69,12 +69,12 @@ def describe(
     if shape is None:
         raise Decline(HERE.unplaced)
     if not (batch and tokens and heads and head_dim and min(shape[:3]) > 0):
-        raise Decline(f"nothing to attend to: query {tuple(query.shape)}, grid {shape}")
+        raise Decline(f"no tokens to attend to: query {tuple(query.shape)}, grid {shape}")
     grid = stage.family.grid(shape, tokens)
     if grid.tokens != tokens:
         raise Decline(
-            f"the latents are {grid} = {grid.tokens} tokens, attention has {tokens} "
-            "(reference images, history frames or a cache that drops tokens)"
+            f"the grid {grid} has {grid.tokens} tokens, but attention was called with {tokens} "
+            "(due to reference images, history frames or a cache that drops tokens)"
         )
     run.enter(site.stage, grid)
     valid, order = _text_valid(run, mask, grid, stage, record, batch)
@@ -132,15 +132,15 @@ def _text_valid(
     row = masks.video_row(mask, grid, batch)
     if not stage.family.text_padding or row is None:
         raise Decline(
-            f"an attention mask {mask.dtype} {tuple(mask.shape)} that is not "
-            f"{stage.family.name}'s text padding"
+            f"the attention mask {mask.dtype} {tuple(mask.shape)} is not the text padding mask "
+            f"of {stage.family.name}"
         )
     valid = row[:, grid.text_start : grid.text_start + grid.text_length].sum(-1)
     seen = (record.stage, record.branch)
     checked = run.memory.masks_checked
     if seen not in checked:  # one device read per generation and branch
         if not masks.only_padding(mask, row, grid):
-            raise Decline("an attention mask that hides more than the padding of the text")
+            raise Decline("the attention mask hides more than the text padding")
         checked[seen] = masks.at_the_end(row, grid)
     order = None if checked[seen] else masks.valid_first(row, grid)
     result = (valid, order) if grid.text_length else (None, None)

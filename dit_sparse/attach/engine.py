@@ -53,7 +53,7 @@ class SparseEngine(Computation):
     """Computes the attention calls of one attached pipeline (or bare transformer)."""
 
     LOCAL: ClassVar[type] = threading.local
-    """Where the run of a loop that is no pipeline's is held: by its thread."""
+    """Holds the run of a custom sampling loop, one per thread."""
 
     def __init__(
         self,
@@ -238,8 +238,8 @@ class SparseEngine(Computation):
             self,
             run,
             None,
-            "sparse attention was enabled in the middle of this pass, or the layer is called by "
-            "itself",
+            "sparse attention was enabled during this pass, or the layer was called outside a "
+            "pass",
             inside=False,
         )
 

@@ -90,14 +90,14 @@ class Guarantee:
             known = ", ".join(sorted(receipt.measured)) or "nothing"
             note = f" ({receipt.note})" if receipt.note else ""
             raise StrategyError(
-                f'{strategy.name}: guarantee="receipt" needs receipt.measured.{MEASURED}, the '
-                f"receipt has measured {known}{note:.200}; give a number, as guarantee=0.3, or "
-                "measure a strategy with 'dit-sparse profile'"
+                f'{strategy.name}: guarantee="receipt" requires receipt.measured.{MEASURED}, '
+                f"the receipt contains {known}{note:.200}; pass a number, e.g. guarantee=0.3, or "
+                "use a strategy measured by 'dit-sparse profile'"
             )
         if measured <= 0:
             raise StrategyError(
-                f'{strategy.name}: guarantee="receipt" needs an error above 0, '
-                f"receipt.measured.{MEASURED} is {measured}; give a number, as guarantee=0.3"
+                f'{strategy.name}: guarantee="receipt" requires receipt.measured.{MEASURED} '
+                f"above 0, got {measured}; pass a number, e.g. guarantee=0.3"
             )
         return min(self.factor * measured, 1.0)
 

@@ -27,18 +27,19 @@ def remarks(run: Run, strategy: Strategy, *, over: bool) -> Iterable[str]:
     planned = {part.method for record in records for part in record.parts} - {"dense"}
     if not planned:
         if records and all(record.reason for record in records):
-            yield f"had no effect: every attention call was dense: {records[0].reason}"
+            yield f"had no effect, because every attention call was dense: {records[0].reason}"
         elif over and records:
             yield (
-                "had no effect: its schedule and rules make every attention call of this run of "
-                f"{run.num_steps} steps dense; lower dense_warmup_steps or dense_last_steps"
+                "had no effect, because its schedule and rules make every attention call of "
+                f"this run ({run.num_steps} steps) dense; reduce dense_warmup_steps or "
+                "dense_last_steps"
             )
         return
     for method in sorted(planned) if over else ():
         if not any(_dropped(record, method) for record in records):
             yield (
-                f"had no effect: {method} keeps every block pair on this grid ({run.grid} tokens);"
-                " change its parameters, or generate a larger video or picture"
+                f"had no effect, because {method} keeps every block pair on this grid "
+                f"({run.grid} tokens); change its params, or generate a larger video or image"
             )
 
 

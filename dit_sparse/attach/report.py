@@ -236,9 +236,11 @@ class Report:
 
     def summary(self) -> str:
         """Say in a few lines what ran."""
-        others = [f"  left alone x {count}: {why}" for why, count in self.others.items()]
+        others = [f"  not replaced x {count}: {why}" for why, count in self.others.items()]
         if not self.rows:
-            return "\n".join([f"sparse attention {self.strategy!r}: nothing has run yet", *others])
+            return "\n".join(
+                [f"sparse attention {self.strategy!r}: no generation has run yet", *others]
+            )
         sparse = self.sparse_rows
         grid = f" on {self.grid} tokens" if self.grid else ""
         lines = [
@@ -250,7 +252,7 @@ class Report:
             + ", ".join(f"{name} x {count}" for name, count in sorted(self.kernels.items())),
         ]
         if not sparse and not self.reasons:
-            lines.append("  the strategy makes every call of this run dense")
+            lines.append("  the strategy keeps every call of this run dense")
         if self.recall is not None:
             lines.append(
                 f"  recall on probed rows {self.recall:.3f}, worst call {self.worst_recall:.3f}"
@@ -259,11 +261,11 @@ class Report:
             f"  state held now {_size(self.state_bytes)}, at most {_size(self.peak_state_bytes)}"
         )
         if self.native_missing:
-            lines.append(f"  the native CPU kernel did not run: {self.native_missing}")
+            lines.append(f"  the native CPU kernel was not used: {self.native_missing}")
         if self.guarantee is not None:
             lines += _told(self.guarantee)
         if self.attached_at is not None:
-            lines.append(f"  enabled during a generation, in effect from step {self.attached_at}")
+            lines.append(f"  enabled during a generation, active from step {self.attached_at}")
         lines += [f"  stayed dense x {count}: {why}" for why, count in self.reasons.items()]
         return "\n".join(lines + others)
 
@@ -295,10 +297,12 @@ def _told(guarantee: dict[str, Any]) -> list[str]:
     returned, worst = guarantee["returned"], guarantee["worst_kept"]
     how = f"{probes} probes of {guarantee['rows']} rows"
     if not probes:
-        return [f"{limit}: no sparse call, nothing to probe"]
+        return [f"{limit}: no sparse calls, no probes"]
     if not returned:
         return [f"{limit} held: {how}, largest error {worst:.3g}"]
-    others = "no other probe held" if worst is None else f"largest error of the others {worst:.3g}"
+    others = (
+        "all probes exceeded it" if worst is None else f"largest error of the others {worst:.3g}"
+    )
     lines = [
         f"{limit}: {len(returned)} of {guarantee['heads']} heads went back to dense; {how}, "
         + others
@@ -315,7 +319,7 @@ def _told(guarantee: dict[str, Any]) -> list[str]:
             f"{each['method']}, from step {each['step']}: error {error}"
         )
     if len(returned) > MOST_TOLD:
-        lines.append(f"    and {len(returned) - MOST_TOLD} more")
+        lines.append(f"    ... and {len(returned) - MOST_TOLD} more")
     return lines
 
 

@@ -118,14 +118,15 @@ class Runtime(SparseEngine):
             raise GeometryError(f"layer must lie in [0, {self.num_layers}), got {layer}")
         if query.shape != key.shape or key.shape[:3] != value.shape[:3]:
             raise GeometryError(
-                "self-attention has as many keys and heads as queries, got query "
-                f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; leave "
-                "cross-attention to the program itself"
+                "self-attention requires the same number of tokens and heads in query, key and "
+                f"value, got query {tuple(query.shape)}, key {tuple(key.shape)}, value "
+                f"{tuple(value.shape)}; compute cross-attention without dit_sparse"
             )
         if query.shape[2] != self.num_heads and self._names_heads:
             raise GeometryError(
-                f"{self.strategy.name} names single heads of {self.num_heads}, this call has "
-                f"{query.shape[2]}: heads are split over GPUs; use a strategy for all heads"
+                f"{self.strategy.name} has rules for individual heads of {self.num_heads}, but "
+                f"this call has {query.shape[2]} heads (split across GPUs); use a strategy whose "
+                "rules apply to all heads"
             )
         if dense is None:
             dense = _dense(scale)
@@ -145,7 +146,7 @@ class Runtime(SparseEngine):
         )
         if shape is None:
             what = "grid of tokens" if known else "step"
-            self._decline(f"{site.path}: the {what} of this call is not known")
+            self._decline(f"{site.path}: the {what} of this call is unknown")
             return dense(query, key, value)
         output = self.attention(site, query, key, value, None, shape, scale, dense)
         if reason := self.records[-1].reason:
@@ -159,7 +160,7 @@ class Runtime(SparseEngine):
         _, _, cause = reason.partition(": ")
         if cause not in self._told:
             self._told.add(cause)
-            warnings.warn(f"{self.strategy.name}: dense from here on: {reason}", stacklevel=3)
+            warnings.warn(f"{self.strategy.name}: dense from now on: {reason}", stacklevel=3)
 
 
 def _no_shape(*_: Any) -> tuple[int, int, int, int]:

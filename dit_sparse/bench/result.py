@@ -221,14 +221,14 @@ class BenchReport:
         from rich.table import Table
 
         columns = METHOD_COLUMNS if self.methods else COLUMNS
-        title = "methods, planning and ordering included," if self.methods else "sparse"
+        title = "methods, including planning and ordering," if self.methods else "sparse"
         table = Table(title=f"{title} against dense attention on {self.device}")
         words = {"shape", "dtype", "block", "pattern", "kernel", "method"}
         for name in columns:
             table.add_column(name, justify="left" if name in words else "right")
         for row in self.methods or self.measurements:
             table.add_row(*row.cells())
-        notes = [f"{name} could not run: {why}" for name, why in self.against.items()]
+        notes = [f"{name} cannot run: {why}" for name, why in self.against.items()]
         if self.peak_memory is not None:
             notes.append(str(self.peak_memory))
         table.caption = "\n".join(notes) or None

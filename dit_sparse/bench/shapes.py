@@ -73,8 +73,9 @@ def find_shapes(wanted: Sequence[str]) -> tuple[Shape, ...]:
         fits = [name for name in known if text.lower() in name.lower()]
         if len(fits) != 1:
             raise KernelError(
-                f"shape {text!r} fits {len(fits)} of the known ones ({', '.join(known)}); name "
-                "one, or give FRAMESxHEIGHTxWIDTHxHEADSxHEAD_DIM in tokens, e.g. 8x32x32x2x64"
+                f"shape {text!r} matches {len(fits)} of the known shapes ({', '.join(known)}); "
+                "give exactly one name, or FRAMESxHEIGHTxWIDTHxHEADSxHEAD_DIM in tokens, e.g. "
+                "8x32x32x2x64"
             )
         found.append(known[fits[0]])
     return tuple(found)

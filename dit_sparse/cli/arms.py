@@ -157,7 +157,7 @@ class Runner:
         try:
             frames = as_uint8(found)
         except ValueError as error:
-            raise UserError(f"the {label} gave no picture: {error}") from error
+            raise UserError(f"the {label} produced no valid images: {error}") from error
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
         return Arm(frames, seconds, used, handle.report(), peak)
 

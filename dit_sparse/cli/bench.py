@@ -26,12 +26,13 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="JSON file for all numbers; replaced if it is there.",
-            show_default="none, only the table",
+            help="JSON file for all results; an existing file is replaced.",
+            show_default="none, print only the table",
         ),
     ] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="auto: the GPU if available, else the CPU."),
     ] = "auto",
     block_sizes: Annotated[
         list[int] | None,
@@ -39,7 +40,7 @@ def run(
             "--block-size",
             min=1,
             max=1024,
-            help="Tokens in a block; may be given several times.",
+            help="Block size in tokens; can be repeated.",
             show_default="64 and 128",
         ),
     ] = None,
@@ -49,7 +50,7 @@ def run(
             "--density",
             min=0.001,
             max=1.0,
-            help="Share of key blocks that are computed; may be given several times.",
+            help="Fraction of key blocks to compute; can be repeated.",
             show_default="0.5, 0.25, and 0.125 on the CPU, 0.1 on a GPU",
         ),
     ] = None,
@@ -58,7 +59,7 @@ def run(
         typer.Option(
             min=1,
             max=4096,
-            help="CPU threads; may be given several times.",
+            help="Number of CPU threads; can be repeated.",
             show_default="1 and all",
         ),
     ] = None,
@@ -66,38 +67,38 @@ def run(
         list[str] | None,
         typer.Option(
             "--shape",
-            help="Part of a known shape's name, or FRAMESxHEIGHTxWIDTHxHEADSxHEAD_DIM in tokens; "
-            "may be given several times.",
-            show_default="8k tokens on the CPU, the models' own on a GPU",
+            help="Part of a known shape's name, or FRAMESxHEIGHTxWIDTHxHEADSxHEAD_DIM in "
+            "tokens; can be repeated.",
+            show_default="8k tokens on the CPU, the models' full sizes on a GPU",
         ),
     ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
             "--method",
-            help="Measure methods, with their planning and ordering over a generation, not bare "
-            "kernels: a name, or all; may be given several times.",
-            show_default="none, kernels on given plans",
+            help="Measure whole methods over a generation, including planning and ordering, "
+            "instead of kernels alone: a method name, or all; can be repeated.",
+            show_default="none: measure kernels on fixed plans",
         ),
     ] = None,
     num_steps: Annotated[
-        int, typer.Option("--steps", min=2, max=1000, help="Steps of that generation.")
+        int, typer.Option("--steps", min=2, max=1000, help="Number of steps in that generation.")
     ] = 50,
     repeats: Annotated[
-        int, typer.Option(min=1, max=1000, help="Timed rounds; medians count.")
+        int, typer.Option(min=1, max=1000, help="Number of timed rounds; the median is reported.")
     ] = 5,
     kernels: Annotated[
         list[str] | None,
         typer.Option(
             "--kernel",
-            help="Kernel to measure; may be given several times.",
-            show_default="the best on the CPU, all that can run on a GPU",
+            help="Kernel to measure; can be repeated.",
+            show_default="the fastest on the CPU, all available on a GPU",
         ),
     ] = None,
     memory: Annotated[
         bool,
         typer.Option(
-            "--memory/--no-memory", help="Measure peak memory at 32k tokens too (CPU only)."
+            "--memory/--no-memory", help="Also measure peak memory at 32k tokens (CPU only)."
         ),
     ] = True,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
@@ -120,9 +121,12 @@ def run(
             method_class(name)
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
-        raise UserError(f"--device cuda: this torch ({torch.__version__}) sees no GPU")
+        raise UserError(
+            f"--device cuda: torch {torch.__version__} finds no GPU; use --device cpu, or run "
+            "'dit-sparse doctor' for details"
+        )
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UserError(f"{output}: not a file name in a folder that exists")
+        raise UserError(f"-o {output}: must be a file name in an existing folder")
     given: dict[str, Any] = {"threads": threads, "shapes": find_shapes(shapes or ())}
     with ERR.status("measuring") as status:
 
@@ -152,4 +156,4 @@ def run(
         try:
             found.save(output)
         except OSError as error:
-            raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+            raise UserError(f"-o {output}: cannot be written: {error.strerror}") from error

@@ -33,7 +33,10 @@ def run(
         ),
     ],
     sparse: Annotated[
-        Path, typer.Argument(help="The clip under test, as long and large.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The clip to test; must have the same length and resolution.", show_default=False
+        ),
     ],
     output: Annotated[
         Path,
@@ -47,8 +50,8 @@ def run(
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows to measure, with commas between them, or 'all'.",
-            show_default="all but lpips_vgg, dists",
+            help="Comma-separated metrics to compute, or 'all'.",
+            show_default="all except lpips_vgg, dists",
             **METRICS,
         ),
     ] = None,
@@ -57,36 +60,39 @@ def run(
         typer.Option(
             "--gate",
             metavar="METRIC>=NUMBER",
-            help="What must be reached, e.g. psnr>=25 or lpips_alex.worst<=0.2; may be given "
-            "several times, or with commas. Exit code 1 where one is not.",
+            help="Threshold on a metric, e.g. psnr>=25 or lpips_alex.worst<=0.2; repeat the "
+            "option or separate gates with commas. Exit code 1 if a gate fails.",
             show_default="none",
         ),
     ] = None,
     compat: Annotated[
         list[str] | None,
         typer.Option(
-            help="Add another repository's variants under its name: svg.",
+            help="Also compute the metrics as defined by another repository: svg.",
             show_default="none",
             **METRICS,
         ),
     ] = None,
     align: Annotated[
         Literal["exact", "first"],
-        typer.Option(help="first: compare the frames that both have.", **METRICS),
+        typer.Option(help="first: compare only the frames that both clips have.", **METRICS),
     ] = "exact",
     every: Annotated[
-        int, typer.Option(min=1, help="Costly rows look at every so many frames.", **METRICS)
+        int,
+        typer.Option(min=1, help="Compute expensive metrics only on every N-th frame.", **METRICS),
     ] = 1,
     max_frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Look at the first frames only.", show_default="all", **METRICS),
+        typer.Option(
+            min=1, help="Compare only the first N frames.", show_default="all", **METRICS
+        ),
     ] = None,
     lpips_weights: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NET=FILE",
-            help="File of weights: alex, vgg (LPIPS) or dists, as in alex=alex.safetensors.",
-            show_default="what is found on this machine",
+            help="Weights file for alex, vgg (LPIPS) or dists, e.g. alex=alex.safetensors.",
+            show_default="the files found on this machine",
             **METRICS,
         ),
     ] = None,
@@ -94,7 +100,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER",
-            help="Folder of a feature model for VBench's consistency rows: dino=... (a "
+            help="Folder of a feature model for VBench's consistency metrics: dino=... (a "
             "Transformers ViT), clip=... (a Transformers CLIP).",
             show_default="none",
             **METRICS,
@@ -103,17 +109,20 @@ def run(
     fps: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=240.0, help="For inputs that do not say.", show_default="as the files"
+            min=0.1,
+            max=240.0,
+            help="Frame rate for inputs that do not specify one.",
+            show_default="from the files",
         ),
     ] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where networks run.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Device for neural metrics.")
     ] = "auto",
     yes: Annotated[
-        bool, typer.Option("--yes", help="Measure clips above 8 gigapixels too.")
+        bool, typer.Option("--yes", help="Also compare clips larger than 8 gigapixels.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier report in the folder.")
+        bool, typer.Option("--overwrite", help="Replace an existing report in the folder.")
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
@@ -194,8 +203,10 @@ def named_paths(given: list[str] | None, option: str, names: tuple[str, ...]) ->
     for text in given or []:
         name, equals, path = text.partition("=")
         if not equals or name not in names:
-            raise UserError(f"{option} {text!r:.200}: wanted {' or '.join(names)}=PATH")
+            raise UserError(f"{option} {text!r:.200}: must be {' or '.join(names)}=PATH")
         if not Path(path).exists():
-            raise UserError(f"{option} {text!r:.200}: {path} does not exist")
+            raise UserError(
+                f"{option} {text!r:.200}: {path} does not exist; give an existing path"
+            )
         found[name] = Path(path)
     return found

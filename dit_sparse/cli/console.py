@@ -55,9 +55,7 @@ class Terminal(Console):
 OUT = Terminal()
 ERR = Terminal(stderr=True)
 
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show where an error comes from (a traceback).")
-]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 # What the disk answers: never our mistake, wherever it is met.
@@ -110,7 +108,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            say("Interrupted; the pipeline is detached, nothing was written.")
+            say(
+                "Interrupted. Sparse attention was removed from the pipeline; no files were "
+                "written."
+            )
             raise typer.Exit(130) from None
         except (DitSparseError, UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in DISK:
@@ -128,4 +129,4 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def _disk(error: OSError) -> str:
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    return f"{where}{error.strerror}; free space on this disk or write to another one"
+    return f"{where}{error.strerror}; free space on this disk, or write to another disk"

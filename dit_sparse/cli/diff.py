@@ -25,25 +25,36 @@ SHOWN = 60  # rows of the table
 def run(
     one: Annotated[
         str,
-        typer.Argument(help="A strategy file, a shipped name, a Hub repository or a method."),
+        typer.Argument(help="A strategy file, shipped strategy, Hub repository or method."),
     ],
-    two: Annotated[str, typer.Argument(help="The other.")],
+    two: Annotated[str, typer.Argument(help="The strategy to compare with.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder, Hub id or known name of the model: tells how many layers and heads "
-            "there are.",
-            show_default="by the file",
+            help="Folder, Hub id or known name of the model, used to determine the number of "
+            "layers and heads.",
+            show_default="inferred from the file",
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, max=1000, help="Of the model.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, max=256, help="Of a layer.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Number of layers of the model.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Number of heads per layer.")
+    ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Of a generation; bands are fractions of it."),
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Number of steps of a generation; step bands are fractions of it.",
+        ),
     ] = None,
     receipt: Annotated[
-        bool, typer.Option(help="Compare how they were found and what was measured, too.")
+        bool,
+        typer.Option(
+            help="Also compare the receipts: how the strategies were found, and what was measured."
+        ),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
@@ -124,7 +135,7 @@ def _show(
         OUT.print(table)
         OUT.print()
     if not told:
-        OUT.print("Every head does the same at every step.")
+        OUT.print("All heads use the same method and params at every step.")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     staged = len(shape.stages) > 1
@@ -136,10 +147,10 @@ def _show(
         table.add_row(*((each.stage,) if staged else ()), *where, a, b)
     OUT.print(table)
     if len(told) > SHOWN:
-        OUT.print(f"... and {len(told) - SHOWN} rows more; --json has all")
+        OUT.print(f"... and {len(told) - SHOWN} more rows; use --json to list all")
     count = sum(len(c.layers) * len(c.heads) * len(c.steps) for c in told)
     every = shape.layers * shape.heads * shape.num_steps * len(shape.stages)
-    OUT.print(f"{count / every:.1%} of all head-steps differ", highlight=False)
+    OUT.print(f"{count / every:.1%} of all (head, step) pairs differ", highlight=False)
 
 
 def _apart(change: Change) -> tuple[str, str]:

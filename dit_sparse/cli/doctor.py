@@ -24,10 +24,10 @@ EXAMPLES = (
 
 def run(
     build: Annotated[
-        bool, typer.Option("--build", help="Build the native CPU kernel first.")
+        bool, typer.Option("--build", help="Build the native CPU kernel before checking.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON, for a bug report.")
+        bool, typer.Option("--json", help="Print all results as JSON, e.g. for a bug report.")
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
@@ -37,7 +37,7 @@ def run(
     """
     if build:
         _build()
-    with ERR.status("looking around, checking kernels"):
+    with ERR.status("checking kernels"):
         from dit_sparse.forecast.doctor import diagnose
 
         found = diagnose()
@@ -72,13 +72,13 @@ def _show(found: Diagnosis) -> None:
         for name, version in env["packages"].items()
     )
     OUT.print(Text(", ").join(known))
-    OUT.print(f"{env['cores']} cores, torch uses {env['torch_threads']} threads\n")
+    OUT.print(f"{env['cores']} CPU cores, torch uses {env['torch_threads']} threads\n")
     for device in found.devices:
         OUT.print(
             styled(
                 (device.name, "bold"),
-                f" ({device.description}), {device.dtype}: would run ",
-                (device.chosen, "bold") if device.chosen else ("none can run", "red"),
+                f" ({device.description}), {device.dtype}: default kernel ",
+                (device.chosen, "bold") if device.chosen else ("none available", "red"),
             )
         )
         table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
@@ -93,7 +93,9 @@ def _show(found: Diagnosis) -> None:
     OUT.print(styled(("strategies", "bold"), f"  {', '.join(found.strategies) or 'none'}"))
     for problem in found.problems:
         OUT.print(styled(("problem:", "bold red"), f" {problem}"))
-    OUT.print("No problem found." if not found.problems else f"{len(found.problems)} found.")
+    OUT.print(
+        "No problems found." if not found.problems else f"Problems found: {len(found.problems)}."
+    )
 
 
 def _state(kernel: Kernel, device: Device) -> Text:
@@ -102,6 +104,6 @@ def _state(kernel: Kernel, device: Device) -> Text:
     if kernel.check is not None:
         return styled(("wrong:", "red"), f" {kernel.check}")
     if kernel.by_name_only:
-        return Text("can run; only when asked for by name")
-    first = "would run" if kernel.name == device.chosen else "can run, another is preferred"
+        return Text("available; opt-in, never selected by default")
+    first = "default" if kernel.name == device.chosen else "available"
     return styled((first, "green"), "; agrees with the reference")

@@ -52,8 +52,7 @@ def run(
         list[str],
         typer.Option(
             "--strategy",
-            help="A shipped strategy, the path or Hub id of one, or a method's name; may be given "
-            "several times.",
+            help="A shipped strategy, strategy file, Hub repository or method; can be repeated.",
             show_default=False,
         ),
     ],
@@ -62,25 +61,25 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for clips and reports. A stopped run continues there; clips of other "
-            "inputs (model, settings, versions) are an error.",
+            help="Folder for clips and reports. An interrupted run resumes there; clips made "
+            "with other inputs (model, settings, versions) are an error.",
             show_default=False,
         ),
     ],
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, one prompt a line. Empty lines and lines that begin with # are "
-            "skipped; write \\# for a prompt that begins with #.",
+            help="Text file with one prompt per line. Empty lines and lines that begin with # "
+            "are skipped; write \\# for a prompt that begins with #.",
             show_default="none",
             **WHAT,
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; may be given several times.", show_default="none", **WHAT),
+        typer.Option(help="A prompt; can be repeated.", show_default="none", **WHAT),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.", **WHAT)] = "0",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.", **WHAT)] = "0",
     steps: Steps = None,
     height: Height = None,
     width: Width = None,
@@ -93,16 +92,16 @@ def run(
     floor: Annotated[
         Literal["math", "efficient", "flash", "cudnn", "off"],
         typer.Option(
-            help="SDPA backend of a second dense run: how far it is from the first is the noise "
-            "floor.",
+            help="SDPA backend for a second dense run; its difference from the first is the "
+            "noise floor.",
             **MEASURE,
         ),
     ] = "math",
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows to measure, with commas between them, or 'all'.",
-            show_default="all but lpips_vgg, dists",
+            help="Comma-separated metrics to compute, or 'all'.",
+            show_default="all except lpips_vgg, dists",
             **MEASURE,
         ),
     ] = None,
@@ -111,14 +110,15 @@ def run(
         typer.Option(
             "--gate",
             metavar="METRIC>=NUMBER",
-            help="What the median over pairs must reach, e.g. psnr>=25; .worst is the worst pair. "
-            "Exit code 1 where one is not.",
+            help="Threshold on the median over pairs, e.g. psnr>=25; .worst applies to the "
+            "worst pair. Exit code 1 if a gate fails.",
             show_default="none",
             **MEASURE,
         ),
     ] = None,
     every: Annotated[
-        int, typer.Option(min=1, help="Costly rows look at every so many frames.", **MEASURE)
+        int,
+        typer.Option(min=1, help="Compute expensive metrics only on every N-th frame.", **MEASURE),
     ] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -129,7 +129,7 @@ def run(
         typer.Option(
             "--fresh",
             "--overwrite",
-            help="Drop the clips and reports of an earlier evaluation in the folder.",
+            help="Delete the clips and reports of an earlier evaluation in the folder.",
         ),
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)

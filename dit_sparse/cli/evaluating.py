@@ -136,7 +136,10 @@ def perform(wish: Wish) -> bool:
                     measure(setup, place, job, label)
                     bars.advance(task)
     except KeyboardInterrupt:
-        say(f"Interrupted; finished clips are kept in {wish.output}: the same command goes on.")
+        say(
+            f"Interrupted. Finished clips are kept in {wish.output}; run the same command to "
+            "resume."
+        )
         raise typer.Exit(130) from None
     state.wait_for_everyone()
     if not state.is_main_process:
@@ -161,7 +164,10 @@ def read_strategies(names: tuple[str, ...]) -> dict[str, Strategy]:
     for name in names:
         each = Strategy.coerce(name)
         if each.name in found:
-            raise UserError(f"--strategy {name}: there are two strategies named {each.name!r}")
+            raise UserError(
+                f"--strategy {name}: another strategy is also named {each.name!r}; names must be "
+                "unique"
+            )
         found[each.name] = each
     return found
 
@@ -171,7 +177,7 @@ def read_prompts(wish: Wish) -> tuple[str, ...]:
     lines = () if wish.prompts is None else of_file(wish.prompts)
     found = (*lines, *(text for each in wish.prompt if (text := each.strip())))
     if not found:
-        raise UserError("no prompts: give --prompts FILE, one a line, or --prompt TEXT")
+        raise UserError("no prompts; give --prompts FILE (one prompt per line) or --prompt TEXT")
     return found
 
 

@@ -35,14 +35,14 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder}: is not a folder; name another one with -o") from error
+        raise UserError(f"-o {folder}: not a folder; choose another output folder") from error
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
+        raise UserError(f"-o {folder}: cannot be created: {error.strerror or error}") from error
     there = [name for name in OWN if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(
-            f"{folder} already has {', '.join(there)}; add --overwrite to replace them, or name "
-            "another folder with -o"
+            f"-o {folder}: already contains {', '.join(there)}; add --overwrite to replace them, "
+            "or choose another folder"
         )
     try:
         with tempfile.TemporaryDirectory(prefix=".dit-sparse-", dir=folder) as scratch:
@@ -55,7 +55,7 @@ def staged(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             for name in set(there) - set(new):
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"-o {folder}: cannot be written: {error.strerror or error}") from error
     finally:
         if made:
             with contextlib.suppress(OSError):  # not empty: it holds the result

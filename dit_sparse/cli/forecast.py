@@ -32,7 +32,9 @@ EXAMPLES = (
 def run(
     model: Annotated[
         str,
-        typer.Argument(help="A known name (hunyuan-video, wan2.1-14b, ...), folder or Hub id."),
+        typer.Argument(
+            help="A known model name (hunyuan-video, wan2.1-14b, ...), folder or Hub id."
+        ),
     ],
     height: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.")] = None,
@@ -41,8 +43,8 @@ def run(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="A shipped strategy, a file, a Hub repository or a method's name.",
-            show_default="none: any method, a tenth of the steps dense",
+            help="A shipped strategy, strategy file, Hub repository or method.",
+            show_default="none: a generic method with a tenth of the steps dense",
         ),
     ] = None,
     density: Annotated[
@@ -50,28 +52,34 @@ def run(
         typer.Option(
             min=0.0001,
             max=1.0,
-            help="Kept share of pairs on sparse calls.",
-            show_default="the strategy's where it can be known, else 0.25",
+            help="Density of sparse calls.",
+            show_default="the strategy's if known, else 0.25",
         ),
     ] = None,
     efficiency: Annotated[
         float | None,
         typer.Option(
-            min=0.01, max=2.0, help="Kernel efficiency, see bench.", show_default="0.9, assumed"
+            min=0.01,
+            max=2.0,
+            help="Kernel efficiency, as defined by bench.",
+            show_default="0.9, assumed",
         ),
     ] = None,
     bench: Annotated[
         Path | None,
-        typer.Option(help="Take the efficiency from a file that bench wrote (its median)."),
+        typer.Option(help="Use the median efficiency from a file written by bench."),
     ] = None,
     all_methods: Annotated[
         bool,
         typer.Option(
-            "--all-methods", help="A table of every method with its default params, instead."
+            "--all-methods", help="Print a table of all methods with their default params instead."
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file; replaced if it is there.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="JSON file for the results; an existing file is replaced."
+        ),
     ] = None,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
@@ -81,11 +89,11 @@ def run(
     when sparse attention is not worth it.
     """
     if efficiency is not None and bench is not None:
-        raise UserError("--efficiency and --bench both tell the efficiency; give one")
+        raise UserError("--efficiency and --bench cannot be combined; use one of them")
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UserError(f"{output}: not a file name in a folder that exists")
+        raise UserError(f"-o {output}: must be a file name in an existing folder")
     if all_methods and strategy is not None:
-        raise UserError("--all-methods and --strategy both tell what would run; give one")
+        raise UserError("--all-methods and --strategy cannot be combined; use one of them")
     measured = None if bench is None else _efficiency(bench)
     with ERR.status(f"counting {model}"):
         from dit_sparse.forecast.generation import (
@@ -154,16 +162,20 @@ def read_model(name: str) -> tuple[KnownModel, dict[str, Any] | None]:
         known_model(name)  # says which names there are
     config = _config(name, folder, "transformer")
     if config is None:
-        raise UserError(f"{name}: has no transformer/config.json")
+        raise UserError(
+            f"{name}: has no transformer/config.json; give a Diffusers pipeline folder, a Hub id "
+            "or a known model name"
+        )
     defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
     if "_class_name" not in config:
         raise UserError(
-            f"{name}: transformer/config.json: has no _class_name, as diffusers writes"
+            f"{name}: transformer/config.json: missing key '_class_name'; use a config saved by "
+            "Diffusers"
         )
     for key, value in config.items():
         if isinstance(value, int) and value > MOST and ("layers" in key or "heads" in key):
             raise UserError(
-                f"{name}: transformer/config.json: {key}: at most {MOST} are sized, got {value}"
+                f"{name}: transformer/config.json: {key}: must be at most {MOST}, got {value}"
             )
     usual = family_by_name(config["_class_name"]).usual
     return KnownModel(
@@ -199,7 +211,9 @@ def _efficiency(path: Path) -> float:
         rows = load_json(path)["measurements"]
         return float(statistics.median(r["efficiency"] for r in rows if r["efficiency"]))
     except (OSError, ValueError, KeyError, TypeError, statistics.StatisticsError) as error:
-        raise UserError(f"{path}: no file that bench wrote: {first_line(error)}") from error
+        raise UserError(
+            f"--bench {path}: not a file written by dit-sparse bench: {first_line(error)}"
+        ) from error
 
 
 def _check(asked: Strategy, size: ModelSize, config: str) -> tuple[str, ...]:
@@ -212,8 +226,8 @@ def _check(asked: Strategy, size: ModelSize, config: str) -> tuple[str, ...]:
 
 
 def _method_table(listed: list[MethodForecast], layers: int, title: str) -> Table:
-    table = Table(title=f"{title}: every method by its default params, one pass")
-    for name in ("method", "density", "counted", "state a layer", "all layers", "shared"):
+    table = Table(title=f"{title}: all methods with default params, per forward pass")
+    for name in ("method", "density", "counted", "state per layer", "all layers", "shared"):
         table.add_column(name, justify="left" if name in {"method", "counted"} else "right")
     for m in listed:
         table.add_row(
@@ -231,26 +245,26 @@ def _table(told: Forecast, title: str, source: str, better: tuple[int, int] | No
     size = told.size
     table = Table(title=title, show_header=False, box=None, padding=(0, 2, 0, 2))
     whole = size.attention_flops + size.other_flops
-    alone = "frames are whole blocks of 128"
+    alone = "frames are multiples of 128 tokens"
     rows = [
         ("transformer", f"{size.class_name}, {_si(size.parameters)} weights"),
         ("tokens", f"{size.grid.tokens:,} ({size.grid})"),
         ("layers x heads x head_dim", f"{size.layers} x {size.heads} x {size.head_dim}"),
-        ("self-attention", f"{_si(size.attention_flops)} of {_si(whole)} FLOP a pass"),
-        ("", f"{told.share:.0%} of a pass's time"),
-        ("upper bound of the gain", f"{told.cap:.2f} x, if attention took no time"),
-        ("sparse calls", f"{told.sparse_share:.0%} of all"),
-        ("density of these", f"{told.density:.1%} ({told.density_from})"),
+        ("self-attention", f"{_si(size.attention_flops)} of {_si(whole)} FLOP per pass"),
+        ("", f"{told.share:.0%} of the time of a pass"),
+        ("maximum speed-up", f"{told.cap:.2f} x, if attention were free"),
+        ("sparse calls", f"{told.sparse_share:.0%} of all calls"),
+        ("their density", f"{told.density:.1%} ({told.density_from})"),
         ("kernel efficiency", f"{told.efficiency:.2f} ({source})"),
         ("planning", f"{told.planning:.1%} of dense attention (assumed)"),
-        ("expected gain", f"{told.gain:.2f} x (text encoders and VAE not counted)"),
-        ("remembered, one pass", f"{_si(told.state_bytes)}B"),
-        *((f"  {m.method}", f"{_si(m.state_bytes)}B a layer") for m in told.methods),
-        *((f"  {m.method}", f"{_si(m.shared_bytes)}B for all layers") for m in told.methods),
-        ("kernel here", _kernel()),
+        ("expected speed-up", f"{told.gain:.2f} x (excluding text encoders and VAE)"),
+        ("state, per pass", f"{_si(told.state_bytes)}B"),
+        *((f"  {m.method}", f"{_si(m.state_bytes)}B per layer") for m in told.methods),
+        *((f"  {m.method}", f"{_si(m.shared_bytes)}B shared by all layers") for m in told.methods),
+        ("kernel on this machine", _kernel()),
         (
             "nearest better size",
-            f"this one: {alone}" if better is None else f"{better[0]} x {better[1]}: {alone}",
+            f"this size: {alone}" if better is None else f"{better[0]} x {better[1]}: {alone}",
         ),
     ]
     for row in rows:
@@ -282,7 +296,7 @@ def _kernel() -> str:
         if not reasons and name not in BY_NAME_ONLY
     ]
     if not names:
-        return f"none can run on {device}; see doctor"
+        return f"none available on {device}; run 'dit-sparse doctor'"
     doubt = ", which may be slower than dense attention" if names[0] == "portable" else ""
     return f"{names[0]} ({device}){doubt}"
 
@@ -299,4 +313,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"-o {path}: cannot be written: {error.strerror}") from error

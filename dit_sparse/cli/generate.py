@@ -48,13 +48,13 @@ def run(
             help="Folder of a Diffusers pipeline, or its Hub id (owner/name).", show_default=False
         ),
     ],
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The prompt.", show_default=False)],
     strategy: Annotated[
         str,
         typer.Option(
             "--strategy",
-            help="A shipped strategy, the path or Hub id of one, or a method's name; "
-            "'dit-sparse methods' lists them.",
+            help="A shipped strategy, strategy file, Hub repository or method; 'dit-sparse "
+            "methods' lists them.",
             show_default=False,
         ),
     ],
@@ -64,7 +64,7 @@ def run(
             "--output",
             "-o",
             help="Folder for the results: sparse.mp4 (.png for images), strip.png, result.json; "
-            "dense.mp4 with --compare-dense. Other files in it are left alone.",
+            "dense.mp4 with --compare-dense. Other files in the folder are not changed.",
             show_default=False,
         ),
     ],
@@ -72,7 +72,7 @@ def run(
         bool,
         typer.Option(
             "--compare-dense",
-            help="Run the model dense too, from the same seed, and compare time and quality.",
+            help="Also run the model dense with the same seed, and compare time and quality.",
         ),
     ] = False,
     options: Annotated[
@@ -80,8 +80,8 @@ def run(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change one param of the strategy's method, or of its schedule; VALUE is JSON "
-            "or plain text. May be given several times.",
+            help="Set a param of the strategy's method or schedule; VALUE is JSON or plain "
+            "text. Can be repeated.",
         ),
     ] = None,
     steps: Steps = None,
@@ -93,7 +93,7 @@ def run(
     call: Call = None,
     lora: Loras = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.", **WHAT)
+        int, typer.Option(min=0, max=2**32 - 1, help="Random seed of the initial noise.", **WHAT)
     ] = 0,
     fps: Fps = None,
     device: Device = "auto",
@@ -103,8 +103,8 @@ def run(
         bool,
         typer.Option(
             "--strict",
-            help="Stop where a call would stay dense because its geometry or mask is not "
-            "understood.",
+            help="Raise an error instead of computing a call densely if its geometry or mask is "
+            "not supported.",
             **HOW,
         ),
     ] = False,
@@ -113,8 +113,8 @@ def run(
         typer.Option(
             min=0,
             max=100_000,
-            help="Query rows per attention call on which recall is measured, in one more sparse "
-            "run; 0: no such run.",
+            help="Query rows per attention call for measuring recall, in an additional sparse "
+            "run; 0 skips that run.",
             **HOW,
         ),
     ] = 32,
@@ -122,16 +122,16 @@ def run(
         str | None,
         typer.Option(
             metavar="ERROR|receipt",
-            help="Largest relative error of a head's output, in (0, 1], watched on probed rows: a "
-            "head that is farther off goes back to dense. 'receipt': three times what the "
-            "strategy's receipt has measured.",
-            show_default="not watched",
+            help="Maximum relative error of a head's output, in (0, 1], checked on probed rows; "
+            "a head that exceeds it goes back to dense. 'receipt': three times the error in the "
+            "strategy's receipt.",
+            show_default="no guarantee",
             **HOW,
         ),
     ] = None,
     threads: Threads = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")
+        bool, typer.Option("--overwrite", help="Replace an existing result in the output folder.")
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:

@@ -29,8 +29,9 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.html: the map, a page to click in. FILE.png: the map; with --grid or "
-            "--model the heads of one layer. A folder: page and picture of the map. Replaced.",
+            help="FILE.html: the map as an interactive page. FILE.png: the map as an image or, "
+            "with --grid or --model, the heads of one layer. A folder: both the page and the "
+            "image. Existing files are replaced.",
             show_default=False,
         ),
     ],
@@ -38,65 +39,75 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="STRATEGY|MODEL...",
-            help="A strategy file, a shipped strategy, a Hub repository or a method's name; or "
-            "the folder of a model. Pictures of heads take several strategies.",
+            help="A strategy file, shipped strategy, Hub repository or method; or the folder of "
+            "a model. Pictures of heads accept several strategies.",
             show_default=False,
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Pipeline folder or Hub id to run; needs --prompt beside a strategy.",
-            show_default="none: nothing is run",
+            help="Pipeline folder or Hub id to run; requires --prompt if a strategy is given.",
+            show_default="none, no model is run",
         ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the model is to show.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     grid: Annotated[
         str | None,
         typer.Option(
-            help="Without a model: FRAMESxHEIGHTxWIDTH[+TEXT] in tokens, to draw on with "
+            help="Without a model: grid FRAMESxHEIGHTxWIDTH[+TEXT] in tokens, drawn with "
             "synthetic queries and keys.",
             show_default="the strategy's",
         ),
     ] = None,
     text_first: Annotated[
-        bool, typer.Option("--text-first", help="Text stands before the video.")
+        bool, typer.Option("--text-first", help="Text tokens precede the video tokens.")
     ] = False,
     heads: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Heads of a layer.", show_default="the model's, or 4"),
+        typer.Option(
+            min=1, max=256, help="Number of heads per layer.", show_default="the model's, or 4"
+        ),
     ] = None,
     head_dim: Annotated[
-        int, typer.Option(min=1, max=512, help="With --grid: width of a head.")
+        int, typer.Option(min=1, max=512, help="With --grid: head dimension.")
     ] = 64,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Layers.", show_default="the model's, or 40"),
+        typer.Option(min=1, max=1000, help="Number of layers.", show_default="the model's, or 40"),
     ] = None,
-    layer: Annotated[int, typer.Option(min=0, help="Pictures of heads: which layer.")] = 0,
+    layer: Annotated[int, typer.Option(min=0, help="Pictures of heads: layer to draw.")] = 0,
     step: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Pictures of heads: which step.", show_default="the middle of the run"
+            min=0,
+            help="Pictures of heads: step to draw.",
+            show_default="the middle of the run",
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Steps of the run.", show_default="the model's"),
+        typer.Option(
+            min=1, max=1000, help="Number of steps of the run.", show_default="the model's"
+        ),
     ] = None,
-    bands: Annotated[int, typer.Option(min=1, max=20, help="Map of a model: step bands.")] = 3,
+    bands: Annotated[
+        int, typer.Option(min=1, max=20, help="Map of a model: number of step bands.")
+    ] = 3,
     token: Annotated[
         str | None,
         typer.Option(
-            help="Pictures of heads: FRAME,ROW,COLUMN of the query token to look from.",
-            show_default="the middle",
+            help="Pictures of heads: query token, as FRAME,ROW,COLUMN.",
+            show_default="the center token",
         ),
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting or a param."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a schedule setting or a param."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, or of the content.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the noise, or of the synthetic content.")
+    ] = 0,
     height: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
     width: Annotated[int | None, typer.Option(min=16, max=16384, help="Pixels.", **SIZE)] = None,
     frames: Annotated[int | None, typer.Option(min=1, max=10_000, help="Frames.", **SIZE)] = None,
@@ -117,7 +128,7 @@ def run(
     names = list(strategies or [])
     if len(names) == 1 and _is_model(names[0]):
         if model is not None:
-            raise UserError(f"{names[0]} and --model {model}: two models; give one")
+            raise UserError(f"{names[0]} and --model {model} are both models; give only one")
         model, names = names[0], []
     asked = Asked(
         model, prompt, grid, text_first, heads, head_dim, layers, layer, step, steps, token, seed,
@@ -126,11 +137,13 @@ def run(
     )  # fmt: skip
     kind = _check_output(output)
     if not names and model is None:
-        raise UserError("what is to be shown? name a strategy, a method or a model's folder")
+        raise UserError("nothing to inspect; give a strategy, a method or a model folder")
     if model is not None and grid is not None:
-        raise UserError("give either --model with --prompt, or --grid")
+        raise UserError(
+            "--model and --grid cannot be combined; give --model with --prompt, or --grid"
+        )
     if options and len(names) > 1:
-        raise UserError("--set is for one strategy; several are drawn as they are")
+        raise UserError("--set requires exactly one strategy, got several")
     found = [load_strategy(name) for name in names]
     if options:
         found = [(found[0][0].with_options(**key_values("--set", options)), found[0][1])]
@@ -139,7 +152,9 @@ def run(
     elif kind == ".png" and (grid is not None or model is not None):
         draw_heads(asked, [each for each, _ in found], output)
     elif len(found) > 1:
-        raise UserError("a map is of one strategy; several are drawn with --grid and -o FILE.png")
+        raise UserError(
+            "a map shows one strategy, got several; to compare several, use --grid and -o FILE.png"
+        )
     else:
         draw_strategy(asked, *found[0], output)
 
@@ -157,7 +172,7 @@ def _check_output(output: Path) -> str:
     if output.is_dir() or (kind == "" and not output.exists()):
         return ""
     if kind not in {".png", ".html"}:
-        raise UserError(f"-o {output}: wanted the name of a .html or .png file, or a folder")
+        raise UserError(f"-o {output}: must be a .html file, a .png file or a folder")
     if not output.absolute().parent.is_dir():
-        raise UserError(f"-o {output}: its folder does not exist")
+        raise UserError(f"-o {output}: the folder does not exist; create it first")
     return kind

@@ -77,15 +77,16 @@ def draw_heads(asked: Asked, strategies: list[Strategy], output: Path) -> None:
         layers = asked.layers or 40
         if asked.layer >= layers or at >= count:
             raise UserError(
-                f"--layer {asked.layer} of {layers}, --step {at} of {count}: count from 0"
+                f"--layer {asked.layer} and --step {at} must be below {layers} layers and "
+                f"{count} steps; both count from 0"
             )
         found = _synthetic(asked, strategies, where, layers, at, count)
-        note = "synthetic queries and keys: what a dynamic method keeps is no model's"
+        note = "synthetic queries and keys: dynamic choices do not represent a model"
     names = ", ".join(each.name for each in strategies)
     if not found:
         raise UserError(
-            f"{names}: layer {asked.layer} is dense at step {at} of {count}; try another --step "
-            "or --layer"
+            f"{names}: layer {asked.layer} is dense at step {at} of {count}; choose another "
+            "--step or --layer"
         )
     title = f"{names}: layer {asked.layer}, step {at} of {count}, {where} tokens"
     write_png(output, draw_views(found, where, title, note, _token(asked.token, where)))
@@ -102,7 +103,7 @@ def prepare(asked: Asked, steps: int | None = None) -> tuple[Any, dict[str, Any]
 
     assert asked.model is not None
     if asked.prompt is None:
-        raise UserError("--model needs --prompt")
+        raise UserError("--model requires --prompt")
     folder = local_folder(asked.model)
     defaults = SampleDefaults() if folder is None else SampleDefaults.read(folder)
     height, width, frames = asked.size
@@ -132,13 +133,13 @@ def read_grid(text: str, *, text_first: bool) -> LatentsGrid:
     match = GRID.fullmatch(text)
     if match is None:
         raise UserError(
-            f"--grid {text!r:.80}: wanted FRAMESxHEIGHTxWIDTH[+TEXT], e.g. 21x30x52+256"
+            f"--grid {text!r:.80}: must be FRAMESxHEIGHTxWIDTH[+TEXT], e.g. 21x30x52+256"
         )
     frames, height, width, words = (int(part or 0) for part in match.groups())
     found = LatentsGrid(frames, height, width, words, text_first and words > 0)
     if found.tokens > MAX_TOKENS:
         raise UserError(
-            f"--grid {text}: {found.tokens:,} tokens; at most {MAX_TOKENS:,} are drawn"
+            f"--grid {text}: has {found.tokens:,} tokens; the maximum is {MAX_TOKENS:,}"
         )
     return found
 
@@ -149,10 +150,10 @@ def _token(text: str | None, grid: LatentsGrid) -> tuple[int, int, int] | None:
     parts = text.split(",")
     size = (grid.frames, grid.height, grid.width)
     if len(parts) != 3 or not all(p.strip().isdecimal() for p in parts):
-        raise UserError(f"--token {text!r}: wanted FRAME,ROW,COLUMN, e.g. 0,10,20")
+        raise UserError(f"--token {text!r}: must be FRAME,ROW,COLUMN, e.g. 0,10,20")
     frame, row, column = (int(part) for part in parts)
     if frame >= size[0] or row >= size[1] or column >= size[2]:
-        raise UserError(f"--token {text}: outside of {grid}; count from 0")
+        raise UserError(f"--token {text}: outside the grid {grid}; indices count from 0")
     return frame, row, column
 
 
@@ -199,7 +200,7 @@ def _of_model(
     if asked.token is not None and (
         len(parts) != 3 or not all(part.strip().isdecimal() for part in parts)
     ):
-        raise UserError(f"--token {asked.token!r}: wanted FRAME,ROW,COLUMN, e.g. 0,10,20")
+        raise UserError(f"--token {asked.token!r}: must be FRAME,ROW,COLUMN, e.g. 0,10,20")
     place = (int(parts[0]), int(parts[1]), int(parts[2])) if parts else None
     pipe, arguments, count = prepare(asked)
     at = count // 2 if asked.step is None else asked.step

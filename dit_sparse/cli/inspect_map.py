@@ -35,7 +35,7 @@ def draw_strategy(asked: Asked, strategy: Strategy, path: Path, output: Path) ->
     from dit_sparse.inspect.fill import draw_attention, draw_choices, draw_run
 
     if asked.model is not None and asked.prompt is None:
-        raise UserError("--model needs --prompt")
+        raise UserError("--model requires --prompt")
     where = None if asked.grid is None else read_grid(asked.grid, text_first=asked.text_first)
     stored, trouble = _stored(strategy, path)
     shape = shape_of(
@@ -47,7 +47,8 @@ def draw_strategy(asked: Asked, strategy: Strategy, path: Path, output: Path) ->
         files=(path,),
     )
     if stored is not None and (shape.layers, shape.heads) != (stored.layers, stored.heads):
-        trouble = f"{stored.folder.name} is of {stored.layers} layers x {stored.heads} heads"
+        size = f"{stored.layers} layers x {stored.heads} heads"
+        trouble = f"{stored.folder.name} is not used: it was measured for {size}"
         stored = None
     layout = layout_of(
         strategy,
@@ -89,13 +90,15 @@ def draw_model(asked: Asked, output: Path) -> None:
         name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None
     )
     layout = Layout(stages, equal_bands(asked.bands, count), shape.layers, shape.heads)
-    atlas = model_atlas(f"{name}: what it attends to", layout)
+    atlas = model_atlas(f"{name}: where its heads attend", layout)
     with progress() as bars:
         ran = draw_attention(atlas, pipe, seeded(arguments, asked.seed), _Shown(bars))
     _of_run(atlas, asked, ran, None)
     if usual:
-        atlas.notes.append("The prompt is a built-in one; --prompt gives another.")
-    atlas.notes.append("One prompt and seed, one step of each band: a look, not a measurement.")
+        atlas.notes.append("The prompt is built in; use --prompt to change it.")
+    atlas.notes.append(
+        "One prompt, one seed and one step per band: an illustration, not a measurement."
+    )
     _finish(atlas, output, name)
 
 
@@ -124,7 +127,7 @@ def _describe(
     size = "any size"
     if grid is not None:
         text = f" + {grid.text} text" if grid.text else ""
-        size = f"made at {grid.frames} x {grid.height} x {grid.width}{text} tokens"
+        size = f"made for {grid.frames} x {grid.height} x {grid.width}{text} tokens"
     atlas.lines.append(f"for {model}, {size}")
     atlas.lines.append(
         f"{shape.layers} layers x {shape.heads} heads, {shape.num_steps} steps: {shape.source}"
@@ -132,7 +135,7 @@ def _describe(
     receipt = strategy.receipt
     if receipt.published:
         atlas.notes.append(
-            "Published settings, not measured here: error and time saved are not known."
+            "Published settings, not measured here: error and time saved are unknown."
         )
     if not shape.known:
         atlas.notes.append(f"Layers and heads: {shape.source}.")
@@ -141,8 +144,8 @@ def _describe(
         say(trouble)
     elif stored is None and not receipt.published:
         atlas.notes.append(
-            "No measurements stand beside the file (profile keeps them in <name>.measured), so "
-            "errors and times of single heads are not known."
+            "There are no measurements next to the file (profile stores them in "
+            "<name>.measured), so errors and times of individual heads are unknown."
         )
     facts = receipt.model_dump(mode="json")
     measured = facts.pop("measured")
@@ -159,8 +162,8 @@ def _describe(
 def _of_run(atlas: Atlas, asked: Asked, grid: LatentsGrid, strategy: Strategy | None) -> None:
     model = Path(asked.model or "")
     name = model.name if model.is_dir() else asked.model  # a page tells no folders
-    atlas.facts.append(("looked at", f"{name}, prompt {asked.prompt!r}, seed {asked.seed}"))
-    atlas.facts.append(("tokens of that run", str(grid)))
+    atlas.facts.append(("observed run", f"{name}, prompt {asked.prompt!r}, seed {asked.seed}"))
+    atlas.facts.append(("tokens of the observed run", str(grid)))
     if strategy is None:
         atlas.lines.append(
             f"{grid} tokens, {atlas.layout.layers} layers x {atlas.layout.heads} heads, "
@@ -171,14 +174,14 @@ def _of_run(atlas: Atlas, asked: Asked, grid: LatentsGrid, strategy: Strategy | 
     sides = (grid.frames, grid.height, grid.width)
     if made is not None and (made.frames, made.height, made.width) != sides:
         atlas.notes.append(
-            f"The pictures are of a run at {grid} tokens, the strategy was made at "
-            f"{made.frames} x {made.height} x {made.width}."
+            f"The pictures show a run at {grid} tokens; the strategy was made for {made.frames} "
+            f"x {made.height} x {made.width}."
         )
 
 
 def _no_grid(atlas: Atlas) -> None:
     for choice in atlas.choices:
-        choice.why = choice.why or "the strategy names no grid; --grid or --model draws them"
+        choice.why = choice.why or "the strategy has no grid; set --grid or --model"
 
 
 def _finish(atlas: Atlas, output: Path, name: str) -> None:
@@ -189,7 +192,7 @@ def _finish(atlas: Atlas, output: Path, name: str) -> None:
 
     if atlas.pictures.left_out:
         atlas.notes.append(
-            f"{atlas.pictures.left_out} pictures were left out to keep the page small."
+            f"{atlas.pictures.left_out} pictures were omitted to limit the page size."
         )
     poster = draw_poster(atlas)
     name = re.sub(r"[^\w.+ -]", "_", name).lstrip(".")[:100] or "map"  # of others: no path
@@ -198,14 +201,16 @@ def _finish(atlas: Atlas, output: Path, name: str) -> None:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"-o {output}: cannot be a folder: {error.strerror}") from error
+            raise UserError(
+                f"-o {output}: cannot be created as a folder: {error.strerror}"
+            ) from error
     made = []
     if folder or output.suffix.lower() == ".html":
         path = output / f"{name}.html" if folder else output
         text = page(atlas, _address(poster))
         if len(text.encode()) > LARGEST_PAGE and atlas.candidates is not None:
             atlas.candidates = None
-            atlas.notes.append("The candidates' tables were left out to keep the page small.")
+            atlas.notes.append("The tables of candidates were omitted to limit the page size.")
             text = page(atlas, _address(poster))
         write_text(path, text)
         made.append(path)
@@ -214,7 +219,7 @@ def _finish(atlas: Atlas, output: Path, name: str) -> None:
         try:
             write_png(path, poster)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+            raise UserError(f"-o {path}: cannot be written: {error.strerror or error}") from error
         made.append(path)
     for note in atlas.notes:
         say(note)

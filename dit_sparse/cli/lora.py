@@ -46,11 +46,11 @@ def read_loras(texts: Sequence[str] | None) -> tuple[Lora, ...]:
             one = Lora("", math.nan)
         if not (one.source and math.isfinite(one.scale)):
             raise UserError(
-                f"--lora {text!r:.200}: wanted a folder, file or Hub id, with a scale where it is "
-                "not 1, as in my-lora=0.8"
+                f"--lora {text!r:.200}: must be a folder, file or Hub id, optionally with a "
+                "scale, e.g. my-lora=0.8"
             )
         if one.source in {other.source for other in found}:
-            raise UserError(f"--lora {one.source}: given twice")
+            raise UserError(f"--lora {one.source}: given twice; remove one")
         found.append(one)
     return tuple(found)
 
@@ -63,11 +63,12 @@ def merge_loras(pipe: Any, loras: Sequence[Lora]) -> None:
     """
     name = type(pipe).__name__
     if loras and not hasattr(pipe, "load_lora_weights"):
-        raise UserError(f"--lora: {name} takes no LoRA")
+        raise UserError(f"--lora: {name} does not support LoRA")
     if loras and getattr(pipe, "transformer_2", None) is not None:
         raise UserError(
-            f"--lora: this {name} has two transformers, and an adapter is for one of them; merge "
-            "them in Python (load_lora_weights, load_into_transformer_2) and save the pipeline"
+            f"--lora: this {name} has two transformers, and an adapter applies to only one of "
+            "them; merge adapters in Python (load_lora_weights, load_into_transformer_2) and "
+            "save the pipeline"
         )
     for one in loras:
         _merge(pipe, one)
@@ -78,18 +79,20 @@ def _merge(pipe: Any, one: Lora) -> None:
 
     name = type(pipe).__name__
     if means_a_file(one.source) and not Path(one.source).exists():
-        raise UserError(f"--lora {one.source}: no such file or folder")
+        raise UserError(f"--lora {one.source}: file or folder not found")
     try:
         pipe.load_lora_weights(
             one.source, adapter_name="merged", use_safetensors=True, **_file_name(Path(one.source))
         )
     except Exception as error:  # whatever is wrong here is wrong with what was named
-        hint = "; pip install 'dit-sparse[distill]' has it" if "PEFT" in str(error) else ""
+        hint = (
+            "; to install PEFT: pip install 'dit-sparse[distill]'" if "PEFT" in str(error) else ""
+        )
         raise UserError(
             f"--lora {one.source}: cannot be loaded into {name}: {first_line(error)}{hint}"
         ) from error
     if not any("merged" in adapters for adapters in pipe.get_list_adapters().values()):
-        raise UserError(f"--lora {one.source}: nothing in it is of {name}'s model")
+        raise UserError(f"--lora {one.source}: contains no weights for the model of {name}")
     pipe.set_adapters("merged", one.scale)
     pipe.fuse_lora(adapter_names=["merged"])
     pipe.unload_lora_weights()

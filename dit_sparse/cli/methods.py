@@ -26,16 +26,15 @@ def run(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Only this method; with --models, only classes with this in their name.",
-            show_default="all of them",
+            help="Show only this method; with --models, only classes whose name contains this "
+            "text.",
+            show_default="all",
         ),
     ] = None,
     models: Annotated[
-        bool, typer.Option("--models", help="List the transformer classes instead.")
+        bool, typer.Option("--models", help="List the supported transformer classes instead.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="With --models: print everything as JSON.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --models: print as JSON.")] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
     """List the methods with their params, the schedule's settings and the shipped strategies.
@@ -46,7 +45,7 @@ def run(
         show_models(name, as_json=as_json)
         return
     if as_json:
-        raise UserError("--json is for the table of models: dit-sparse methods --models --json")
+        raise UserError("--json requires --models: dit-sparse methods --models --json")
     from dit_sparse.methods import METHODS, method_class
     from dit_sparse.strategy.schedule import Schedule
 
@@ -60,7 +59,7 @@ def run(
         ]
         _print(rows, "no params")
     about = arguments(Schedule.__doc__)
-    OUT.print(styled(("schedule", "bold"), "  settings of every strategy, whatever its method"))
+    OUT.print(styled(("schedule", "bold"), "  settings for every strategy and method"))
     kinds = {"dense_layers": "list of int"}
     _print(
         [
@@ -70,7 +69,7 @@ def run(
     )
     if name is None:
         _strategies()
-    OUT.print("Set any of these with --set KEY=VALUE.", highlight=False)
+    OUT.print("Use --set KEY=VALUE to change any of these.", highlight=False)
 
 
 def arguments(docstring: str | None) -> dict[str, str]:
@@ -108,7 +107,7 @@ def _strategies() -> None:
 
     OUT.print(styled(("shipped strategies", "bold")))
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-    for title in ("name", "methods", "for", "known by"):
+    for title in ("name", "methods", "for", "source"):
         table.add_column(title, no_wrap=title == "name")
     for name in shipped_names():
         found = Strategy.load(name)
@@ -120,7 +119,7 @@ def _strategies() -> None:
             name,
             ", ".join(sorted({rule.method for rule in found.rules})) or "dense",
             "any model" if found.model is None else ", ".join(found.model.classes),
-            known or "not said",
+            known or "unknown",
         )
     OUT.print(table)
     OUT.print()
@@ -136,7 +135,7 @@ def _type(annotation: Any) -> str:
 def _default(field: Any) -> str:
     if field.default is not MISSING:
         return _value(field.default)
-    return "must be given" if field.default_factory is MISSING else _value(field.default_factory())
+    return "required" if field.default_factory is MISSING else _value(field.default_factory())
 
 
 def _value(value: Any) -> str:

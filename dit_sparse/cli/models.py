@@ -30,8 +30,8 @@ def show_models(name: str | None, *, as_json: bool) -> None:
     found = [row for row in rows() if name is None or _has(row, name.lower())]
     if not found:
         raise UserError(
-            f"no transformer class or pipeline that dit_sparse knows has {name!r} in its name; "
-            "dit-sparse methods --models lists them all"
+            f"no known transformer class or pipeline has {name!r} in its name; to list all: "
+            "dit-sparse methods --models"
         )
     if as_json:
         listed = [{**asdict(row), "served": row.served} for row in found]
@@ -47,7 +47,7 @@ def _has(row: Row, part: str) -> bool:
 def _print(found: list[Row]) -> None:
     served = [row for row in found if row.served]
     if served:
-        OUT.print(styled(("served", "bold"), "  tried at tiny size, with random weights"))
+        OUT.print(styled(("supported", "bold"), "  tested at tiny size with random weights"))
         if len(served) > DETAILED:
             _overview(served)
         else:
@@ -61,12 +61,12 @@ def _print(found: list[Row]) -> None:
 
 def _overview(served: list[Row]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-    for title in ("class", "text", "tried with; what stays dense"):
+    for title in ("class", "text", "tested with; what stays dense"):
         table.add_column(title, no_wrap=title == "class")
     for row in served:
         table.add_row(row.class_name, row.text, _tried(row))
     OUT.print(table)
-    OUT.print("Pipelines, layers and grid of one: dit-sparse methods NAME --models\n")
+    OUT.print("Details of one class: dit-sparse methods NAME --models\n")
 
 
 def _details(served: list[Row]) -> None:
@@ -81,7 +81,7 @@ def _details(served: list[Row]) -> None:
             ("text", row.text),
             ("grid from", row.grid),
             ("forecast at", row.forecast),
-            ("tried with", _tried(row)),
+            ("tested with", _tried(row)),
         ):
             table.add_row(title, text)
         OUT.print(table)

@@ -17,7 +17,7 @@ EXAMPLES = {"--set": "decay_factor=0.5", "--call": "true_cfg_scale=4"}
 
 def _repeated(flag: str, metavar: str, text: str, show_default: str) -> Any:
     """Describe an option of what is generated that may be given several times."""
-    text += " May be given several times."
+    text += " Can be repeated."
     panel = WHAT["rich_help_panel"]
     return typer.Option(
         flag, metavar=metavar, help=text, show_default=show_default, rich_help_panel=panel
@@ -44,7 +44,7 @@ Frames = Annotated[
     typer.Option(
         min=1,
         max=10_000,
-        help="Frames of a video.",
+        help="Number of video frames.",
         show_default="the model's",
         **WHAT,
     ),
@@ -53,22 +53,22 @@ GuidanceScale = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        help="Classifier-free guidance; above 1 most models run twice a step.",
+        help="Classifier-free guidance scale; above 1, most models run twice per step.",
         show_default="the model's",
         **WHAT,
     ),
 ]
 NegativePrompt = Annotated[
     str | None,
-    typer.Option(help="What not to show.", show_default="the model's", **WHAT),
+    typer.Option(help="The negative prompt.", show_default="the model's", **WHAT),
 ]
 Call = Annotated[
     list[str] | None,
     _repeated(
         "--call",
         "KEY=VALUE",
-        "Another argument of the pipeline's call, as in true_cfg_scale=4; VALUE is JSON or plain "
-        "text.",
+        "Additional argument of the pipeline call, e.g. true_cfg_scale=4; VALUE is JSON or "
+        "plain text.",
         show_default="the model's",
     ),
 ]
@@ -77,7 +77,7 @@ Loras = Annotated[
     _repeated(
         "--lora",
         "SOURCE[=SCALE]",
-        "LoRA to merge into the model: folder, safetensors file or Hub id.",
+        "LoRA adapter to merge into the model: folder, safetensors file or Hub id.",
         show_default="none",
     ),
 ]
@@ -86,14 +86,14 @@ Fps = Annotated[
     typer.Option(
         min=0.1,
         max=240.0,
-        help="Frames per second of the files.",
+        help="Frames per second of the written videos.",
         show_default="the model's, or 16",
         **WHAT,
     ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
-    typer.Option(help="auto: the GPU where there is one.", **HOW),
+    typer.Option(help="auto: the GPU if available, else the CPU.", **HOW),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -105,9 +105,9 @@ Dtype = Annotated[
 Kernel = Annotated[
     str | None,
     typer.Option(
-        help="Attention kernel to use; one that cannot run here is an error, no other is tried. "
-        "'dit-sparse doctor' lists them.",
-        show_default="the best that can run",
+        help="Attention kernel; if it cannot run on this machine, the command fails instead of "
+        "using another one. 'dit-sparse doctor' lists them.",
+        show_default="chosen automatically",
         **HOW,
     ),
 ]
@@ -116,7 +116,7 @@ Threads = Annotated[
     typer.Option(
         min=1,
         max=4096,
-        help="CPU threads of torch.",
+        help="Number of CPU threads for torch.",
         show_default="torch's",
         **HOW,
     ),
@@ -127,7 +127,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """Read what ``--seeds`` names: ``0,1,5``."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
-        raise UserError(f"--seeds {text!r:.100}: wanted whole numbers with commas, as in 0,1,2")
+        raise UserError(f"--seeds {text!r:.100}: must be comma-separated integers, e.g. 0,1,2")
     return tuple(map(int, parts))
 
 
@@ -137,9 +137,9 @@ def key_values(flag: str, pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not (equals and key.isidentifier()):
-            raise UserError(f"{flag} {pair!r:.200}: wanted KEY=VALUE, as in {EXAMPLES[flag]}")
+            raise UserError(f"{flag} {pair!r:.200}: must be KEY=VALUE, e.g. {EXAMPLES[flag]}")
         if key in found:
-            raise UserError(f"{flag} {key}: given twice")
+            raise UserError(f"{flag} {key}: given twice; remove one")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

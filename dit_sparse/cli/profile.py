@@ -56,8 +56,8 @@ def run(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a Diffusers pipeline, or its Hub id (owner/name); with --dry-run also "
-            "a name that forecast knows.",
+            help="Folder of a Diffusers pipeline, or its Hub id (owner/name); with --dry-run "
+            "also a model name known to forecast.",
             show_default=False,
         ),
     ],
@@ -66,8 +66,8 @@ def run(
         typer.Option(
             "--prompts",
             metavar="FILE|N",
-            help="A text file, one prompt a line (lines that begin with # are comments), or a "
-            f"number of built-in ones (1 to {len(PROMPTS)}).",
+            help="A text file with one prompt per line (lines that begin with # are comments), "
+            f"or a number of built-in prompts (1 to {len(PROMPTS)}).",
             show_default=False,
         ),
     ],
@@ -76,57 +76,64 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="The strategy file, .json. What was measured is kept beside it in a folder "
-            "<name>.measured: a killed search goes on there, and another target costs seconds. "
-            "Needed but for --dry-run.",
+            help="Strategy file to write (.json). Measurements are stored next to it in a "
+            "folder <name>.measured, so an interrupted search resumes and a search with another "
+            "target takes seconds. Required unless --dry-run is given.",
             show_default=False,
         ),
     ] = None,
     candidates: Annotated[
         str,
         typer.Option(
-            help="Methods with commas, as in radial,svg2:compensate=means,adaspa@0.3; without @ "
+            help="Comma-separated methods, e.g. radial,svg2:compensate=means,adaspa@0.3; without @ "
             "a name stands for three densities. Presets: default, quick, sparse-vdit."
         ),
     ] = "default",
     target: Annotated[
         float | None,
         typer.Option(
-            help="Largest relative error of heads' outputs (root of the mean square), in [0, 1].",
-            show_default="0.1 without --budget and --density",
+            help="Maximum relative error of the heads' outputs (root mean square), in [0, 1].",
+            show_default="0.1, unless --budget or --density is given",
         ),
     ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Largest predicted time of self-attention as a share of dense, in (0, 1]; finds "
-            "the least error."
+            help="Maximum predicted self-attention time as a fraction of dense, in (0, 1]; "
+            "minimises the error."
         ),
     ] = None,
     density: Annotated[
         float | None,
         typer.Option(
-            help="Largest mean density, in (0, 1]; finds the least error whatever the device."
+            help="Maximum mean density, in (0, 1]; minimises the error independently of the "
+            "device."
         ),
     ] = None,
     rule: Annotated[
         Literal["time", "sparse-vdit"],
-        typer.Option(help="time: by --target or --budget; sparse-vdit: the paper's own rule."),
+        typer.Option(
+            help="How to choose candidates. time: by --target or --budget; sparse-vdit: the "
+            "rule of the Sparse-vDiT paper."
+        ),
     ] = "time",
     loss: Annotated[
-        Literal["relative", "mse"], typer.Option(help="Error in Sparse-vDiT's rule.")
+        Literal["relative", "mse"], typer.Option(help="Sparse-vDiT rule: error metric.")
     ] = "relative",
     weight: Annotated[
-        float, typer.Option("--lambda", help="Of Sparse-vDiT's rule: price of density.")
+        float, typer.Option("--lambda", help="Sparse-vDiT rule: weight of density.")
     ] = 0.5,
     epsilon: Annotated[
-        float, typer.Option(help="Of Sparse-vDiT's rule: a loss above it stays dense.")
+        float, typer.Option(help="Sparse-vDiT rule: heads with a larger loss stay dense.")
     ] = 1.0,
     seeds: Annotated[
-        str, typer.Option(help="Seeds with commas; each prompt runs with each.")
+        str, typer.Option(help="Comma-separated seeds; every prompt runs with every seed.")
     ] = "0",
     bands: Annotated[
-        str, typer.Option(help="Step bands: a number of equal ones, or fractions 0,...,1.", **HOW)
+        str,
+        typer.Option(
+            help="Step bands: a number of equal bands, or their edges as fractions 0,...,1.", **HOW
+        ),
     ] = "3",
     captures: Annotated[
         int, typer.Option(min=2, max=100, help="Measured calls per layer and band.", **HOW)
@@ -135,8 +142,8 @@ def run(
         str,
         typer.Option(
             metavar="auto|all|N",
-            help="Rows of blocks on which a call's outputs are compared; auto: 16 below 8,192 "
-            "tokens, 64 from there on.",
+            help="Rows of blocks on which outputs are compared; auto: 16 below 8,192 tokens, "
+            "otherwise 64.",
             **HOW,
         ),
     ] = "auto",
@@ -153,21 +160,23 @@ def run(
     sequential: Annotated[
         Literal["none", "bands", "layers"],
         typer.Option(
-            help="bands: decide step bands in order, later ones measured with the earlier ones "
-            "sparse; layers: each measured layer passes on what it would choose, as Sparse-vDiT's "
-            "search does.",
+            help="bands: decide step bands in order, measuring later bands with the earlier "
+            "ones sparse; layers: each layer passes on the output of the candidates it would "
+            "choose, like Sparse-vDiT's search.",
             **HOW,
         ),
     ] = "none",
     costs: Annotated[
         Literal["measured", "assumed"],
-        typer.Option(help="Time a micro-benchmark on this device, or assume.", **HOW),
+        typer.Option(
+            help="Measure costs with a micro-benchmark on this device, or assume them.", **HOW
+        ),
     ] = "measured",
     check: Annotated[
-        bool, typer.Option(help="At the end run the first prompt dense and sparse.", **HOW)
+        bool, typer.Option(help="Finally, run the first prompt dense and sparse.", **HOW)
     ] = True,
     state_limit: Annotated[
-        float, typer.Option(min=0.001, help="GiB that candidates may remember.", **HOW)
+        float, typer.Option(min=0.001, help="Maximum state of candidates, in GiB.", **HOW)
     ] = 8.0,
     steps: Steps = None,
     height: Height = None,
@@ -181,14 +190,14 @@ def run(
     dtype: Dtype = "auto",
     threads: Threads = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file.")
+        bool, typer.Option("--overwrite", help="Replace an existing output file.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Drop what was measured earlier for this output.")
+        bool, typer.Option("--fresh", help="Delete earlier measurements for this output.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Forecast how long it takes, from config files alone."),
+        typer.Option("--dry-run", help="Forecast the search time from config files only."),
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
@@ -211,7 +220,7 @@ def run(
         )  # fmt: skip
         return
     if output is None:
-        raise UserError("-o is missing: name the strategy file to write, as in -o mine.json")
+        raise UserError("-o is missing; give the strategy file to write, e.g. -o mine.json")
     folder = check_output(output, overwrite=overwrite)
     with ERR.status("starting"):
         import torch
@@ -271,7 +280,7 @@ def run(
                 progress=Shown(shown),
             )
     except KeyboardInterrupt:
-        say(f"Interrupted; what was measured is kept in {folder}: the same command goes on.")
+        say(f"Interrupted. Measurements are kept in {folder}; run the same command to resume.")
         raise typer.Exit(130) from None
     if found is not None:
         found.strategy.save(output)
@@ -281,13 +290,13 @@ def run(
 def check_output(output: Path, *, overwrite: bool) -> Path:
     """Refuse an output that cannot be written before any work; give the folder beside it."""
     if output.suffix.lower() != ".json":
-        raise UserError(f"-o {output}: wanted the name of a .json file")
+        raise UserError(f"-o {output}: must be a .json file")
     if output.is_dir():
-        raise UserError(f"-o {output}: is a folder; a file name was wanted")
+        raise UserError(f"-o {output}: is a folder; give a file name")
     if not output.absolute().parent.is_dir():
-        raise UserError(f"-o {output}: its folder does not exist")
+        raise UserError(f"-o {output}: the folder does not exist; create it first")
     if output.exists() and not overwrite:
-        raise UserError(f"-o {output}: is there already; add --overwrite to replace it")
+        raise UserError(f"-o {output}: already exists; add --overwrite to replace it")
     return output.with_name(output.stem + ".measured")
 
 
@@ -295,7 +304,7 @@ def _rows(text: str) -> int | None:
     if text in {"auto", "all"}:
         return None if text == "auto" else 0
     if not (text.isascii() and text.isdigit() and 2 <= int(text) < 2**31):
-        raise UserError(f"--sample {text!r:.100}: wanted auto, all, or a number of rows from 2 on")
+        raise UserError(f"--sample {text!r:.100}: must be auto, all, or a number of rows >= 2")
     return int(text)
 
 
@@ -307,7 +316,7 @@ def _edges(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(
-            f"--bands {text!r:.100}: wanted a number from 1 to 100, or fractions such as 0,0.2,1"
+            f"--bands {text!r:.100}: must be a number from 1 to 100, or fractions such as 0,0.2,1"
         ) from error
 
 

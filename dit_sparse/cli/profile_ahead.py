@@ -77,10 +77,10 @@ def tell(
     if told.state_bytes > state_limit * 2**30:
         most = max(told.state, key=lambda name: told.state[name])
         warning = (
-            f"Candidates would remember more than --state-limit {state_limit:g} GiB, and the "
-            "search would stop:"
+            f"Candidates need more state than --state-limit {state_limit:g} GiB, and the search "
+            "would stop:"
         )
-        advice = f" raise it, or leave a method out, as in --candidates {candidates},-{most}."
+        advice = f" raise the limit, or exclude a method, e.g. --candidates {candidates},-{most}."
         OUT.print(styled((warning, "bold yellow"), advice))
 
 
@@ -93,26 +93,27 @@ def _table(told: Expected, title: str, candidates: int) -> Table:
 
     table = Table(title=title, show_header=False, box=None, padding=(0, 2, 0, 2))
     for row in (
-        ("one dense generation", f"{_time(told.generation)}, text encoders and VAE not counted"),
+        ("one dense generation", f"{_time(told.generation)}, excluding text encoders and VAE"),
         (
-            "a prompt and seed",
+            "per prompt and seed",
             (
-                f"{told.per_unit:.2f} generations: {told.own:g} of its own, {told.measuring:.2f} "
-                f"to try {candidates} candidates on {told.captured} calls"
+                f"{told.per_unit:.2f} generations: {told.own:g} for the run itself, "
+                f"{told.measuring:.2f} to measure {candidates} candidates on {told.captured} "
+                "calls"
             ),
         ),
         *([("screening", f"{told.screening:.2f} generations, once")] if told.screening else []),
         ("micro-benchmark", f"{told.timing:.2f} generations, once"),
-        ("check at the end", f"{told.check:g} generations, once"),
-        ("in all", f"{_time(told.seconds)} for {told.units} prompts x seeds"),
-        ("remembered", f"{told.state_bytes / 2**30:.1f} GiB at most, by {_heavy(told)}"),
+        ("final check", f"{told.check:g} generations, once"),
+        ("total", f"{_time(told.seconds)} for {told.units} prompts x seeds"),
+        ("state", f"at most {told.state_bytes / 2**30:.1f} GiB, for {_heavy(told)}"),
         (
-            "assumed",
+            "assumptions",
             (
-                f"one card with {ATTENTION_RATE:g} TFLOP/s in attention and {OTHER_RATE:g} in the "
-                f"rest (H100 or H200, bf16), kernel efficiency {EFFICIENCY:g}, {OWN:.0%} of a "
-                f"dense call for each candidate's planning and comparing, {SEARCH:g} dense call "
-                "for the searches"
+                f"one GPU with {ATTENTION_RATE:g} TFLOP/s in attention and {OTHER_RATE:g} "
+                f"TFLOP/s elsewhere (H100 or H200, bf16), kernel efficiency {EFFICIENCY:g}, "
+                f"{OWN:.0%} of a dense call for each candidate's planning and comparing, "
+                f"{SEARCH:g} dense call for the searches"
             ),
         ),
     ):

@@ -85,7 +85,7 @@ def show(found: Profile, output: Path) -> None:
         OUT.print(
             styled(
                 ("Everything stays dense:", "yellow"),
-                " no candidate is worth it under this wish.",
+                " no candidate meets the requested limits at a lower cost.",
             )
         )
     OUT.print(styled((str(output), "dim")), soft_wrap=True)

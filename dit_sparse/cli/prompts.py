@@ -26,11 +26,14 @@ def read_prompts(text: str) -> tuple[str, ...]:
     """Read a file of prompts, or take built-in ones."""
     if text.isascii() and text.isdigit():
         if not 1 <= int(text) <= len(PROMPTS):
-            raise UserError(f"--prompts {text}: there are 1 to {len(PROMPTS)} built-in prompts")
+            raise UserError(
+                f"--prompts {text}: the number of built-in prompts must be from 1 to "
+                f"{len(PROMPTS)}"
+            )
         return PROMPTS[: int(text)]
     found = of_file(Path(text))
     if not found:
-        raise UserError(f"--prompts {text}: holds no prompt; write one a line")
+        raise UserError(f"--prompts {text}: contains no prompts; write one prompt per line")
     return found
 
 

@@ -44,9 +44,9 @@ def _rows(
     density, recall = result["density"], result["recall"]
     on_cpu = result["environment"]["device"] == "cpu"
     rows = [
-        ("time, whole call", *both("total_seconds")),
+        ("time, whole pipeline call", *both("total_seconds")),
         ("time, self-attention", *both("attention_seconds")),
-        *([("processor time, all threads", *both("processor_seconds"))] if on_cpu else []),
+        *([("CPU time, all threads", *both("processor_seconds"))] if on_cpu else []),
         ("density, all calls", "1", f"{density['overall']:.3f}"),
         (
             f"density, {density['sparse_call_count']} of {density['call_count']} calls",
@@ -63,10 +63,10 @@ def _rows(
         digits = ".2f" if name == "psnr" else ".4f"
         unit = f" {score['unit']}" if score["unit"] else ""
         told = f"{_number(score['value'], digits)}{unit} ({_number(score['worst'], digits)})"
-        rows.append((f"{name.upper()} to dense (worst frame)", "", told))
+        rows.append((f"{name.upper()} against dense (worst frame)", "", told))
     kernels = "" if dense is None else ", ".join(dense["kernels"])
     rows.append(("kernels", kernels, ", ".join(sparse["kernels"])))
-    rows.append(("memory for masks and state", "", _size(sparse["state_bytes_peak"])))
+    rows.append(("memory for plans and state", "", _size(sparse["state_bytes_peak"])))
     return rows
 
 
@@ -76,10 +76,10 @@ def _verdict(result: dict[str, Any]) -> list[Text]:
     speedup, density = result["speedup"], result["density"]
     if speedup is not None:
         total, attention = speedup["total"], speedup["attention"]
-        of = f"; self-attention alone {attention:.2f}x" if attention is not None else ""
+        of = f"; self-attention only: {attention:.2f}x" if attention is not None else ""
         if abs(total - 1) <= EVEN:
             lines.append(
-                styled(("As fast as dense at this size", "bold"), f" ({total:.2f}x{of}).")
+                styled(("Same speed as dense at this size", "bold"), f" ({total:.2f}x{of}).")
             )
         elif total > 1:
             lines.append(styled((f"{total:.2f}x as fast as dense", "bold green"), f"{of}."))
@@ -92,18 +92,21 @@ def _verdict(result: dict[str, Any]) -> list[Text]:
         ):
             lines.append(
                 Text(
-                    f"By processor time it is {speedup['processor']:.2f}x: the machine was busy "
-                    "with other things, trust this one more."
+                    f"By CPU time it is {speedup['processor']:.2f}x. The machine was busy with "
+                    "other jobs, so this figure is more reliable."
                 )
             )
     if density["sparse_call_count"] == 0:
         lines.append(
-            styled(("Nothing was sparse:", "yellow"), " every attention call was computed whole.")
+            styled(("No sparse calls:", "yellow"), " every attention call was computed densely.")
         )
     psnr = (result["quality"] or {}).get("psnr")
     if psnr is not None and density["sparse_call_count"] and psnr["value"] == 100:
         lines.append(
-            styled(("All frames equal the dense ones", "yellow"), ", though calls were sparse.")
+            styled(
+                ("All frames are identical to the dense run", "yellow"),
+                ", although some calls were sparse.",
+            )
         )
     lines += [
         styled(("stayed dense", "yellow"), f" x {count}: {why}")
@@ -114,8 +117,8 @@ def _verdict(result: dict[str, Any]) -> list[Text]:
     if repeat is not None and not repeat["identical"]:
         lines.append(
             Text(
-                f"The same settings twice differ by up to {repeat['largest_difference']} levels "
-                "of 255: read PSNR and SSIM with that in mind."
+                f"Two runs with the same settings differ by up to {repeat['largest_difference']} "
+                "of 255 levels; consider this when you read PSNR and SSIM."
             )
         )
     return lines
@@ -128,12 +131,12 @@ def _guarantee(found: dict[str, Any] | None) -> list[Text]:
     limit, count = f"{found['limit']:.3g}", len(found["returned"])
     if count:
         told = (
-            f" {count} of {found['heads']} heads went back to dense (each layer and guidance "
-            "branch by itself); result.json lists them."
+            f" {count} of {found['heads']} heads went back to dense (counted per layer and "
+            "guidance branch); result.json lists them."
         )
         return [styled((f"Guarantee {limit}:", "yellow"), told)]
     if not found["probes"]:
-        return [Text(f"Guarantee {limit}: nothing was sparse, nothing was probed.")]
+        return [Text(f"Guarantee {limit}: no sparse calls, no probes.")]
     worst = f"{found['worst_kept']:.3g}"
     return [Text(f"Guarantee {limit} held: largest error {worst} in {found['probes']} probes.")]
 

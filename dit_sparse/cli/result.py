@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 HOW = (
-    "One process, one attachment, one seed, one dense kernel: the dense arm is the same engine "
-    'told to use the method "dense", the model\'s own attention. Warm-up first (1 step dense; '
-    "1 or 4 steps sparse without the schedule's dense steps), then the dense run, then the sparse "
-    "run; making its plans is in its time. Total: the whole pipeline call, from text encoder to "
-    "decoder. Recall comes from one more sparse run, so that probing is in no time given here. "
-    "Quality is measured on the raw frames, rounded to 8 bits, not on the mp4 files."
+    "One process, one attachment, one seed, one dense kernel. The dense run uses the same "
+    'engine with the method "dense", which is the model\'s own attention. A warm-up (1 step '
+    "dense; 1 or 4 steps sparse without the schedule's dense steps) precedes the dense run "
+    "and the sparse run; the time of the sparse run includes planning. Total: the whole "
+    "pipeline call, from text encoder to decoder. Recall is measured in a separate sparse "
+    "run, so no time includes probing. Quality is measured on the raw frames, rounded to 8 "
+    "bits, not on the mp4 files."
 )
 
 

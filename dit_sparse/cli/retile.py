@@ -27,39 +27,39 @@ EXAMPLES = (
 
 def run(
     strategy: Annotated[
-        str, typer.Argument(help="A strategy file, a shipped name or a Hub repository.")
+        str, typer.Argument(help="A strategy file, shipped strategy or Hub repository.")
     ],
     height: Annotated[
         int | None,
-        typer.Option(min=16, max=16384, help="Pixels.", show_default="as it is"),
+        typer.Option(min=16, max=16384, help="Pixels.", show_default="unchanged"),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(min=16, max=16384, help="Pixels.", show_default="as it is"),
+        typer.Option(min=16, max=16384, help="Pixels.", show_default="unchanged"),
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help="Frames.", show_default="as it is"),
+        typer.Option(min=1, max=10_000, help="Frames.", show_default="unchanged"),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder, Hub id or known name of the model: tells how many pixels a token has.",
-            show_default="by the file",
+            help="Folder, Hub id or known name of the model, used to convert pixels to tokens.",
+            show_default="inferred from the file",
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The new file, .json.")
+        Path | None, typer.Option("--output", "-o", help="New strategy file (.json).")
     ] = None,
     check: Annotated[
         Path | None,
         typer.Option(
-            help="A file that profile wrote at the new size: compare with it, by what was "
-            "measured for it. Its size is taken where none is given."
+            help="A file written by profile at the new size: compare with it, using its "
+            "measurements. Its size is used if none is given."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file.")
+        bool, typer.Option("--overwrite", help="Replace an existing output file.")
     ] = False,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
@@ -69,9 +69,12 @@ def run(
     What was measured at the old size is dropped: nothing was measured at the new one.
     """
     if output is None and check is None:
-        raise UserError("-o FILE is wanted (or --check alone, which writes nothing)")
+        raise UserError(
+            "-o is missing; give the strategy file to write, or use --check alone, which writes "
+            "nothing"
+        )
     if all(side is None for side in (height, width, frames)) and check is None:
-        raise UserError("give --height, --width or --frames: what is the new size?")
+        raise UserError("the new size is missing; give --height, --width or --frames")
     if output is not None:
         _check_output(output, overwrite=overwrite)
     with ERR.status("re-tiling"):
@@ -81,8 +84,8 @@ def run(
         found, path = load_strategy(strategy)
         if found.grid is None:
             raise UserError(
-                f"{strategy}: grid: names none, so there is nothing to scale from; it runs at any "
-                "size as it is"
+                f"{strategy}: grid: missing, so there is nothing to rescale; the strategy runs "
+                "at any size unchanged"
             )
         other = None if check is None else _other(check)
         shape = shape_of((found,), model, files=(path,))
@@ -107,13 +110,13 @@ def run(
 def _check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output that cannot be written, before any work."""
     if output.suffix.lower() != ".json":
-        raise UserError(f"-o {output}: wanted the name of a .json file")
+        raise UserError(f"-o {output}: must be a .json file")
     if output.is_dir():
-        raise UserError(f"-o {output}: is a folder; a file name was wanted")
+        raise UserError(f"-o {output}: is a folder; give a file name")
     if not output.absolute().parent.is_dir():
-        raise UserError(f"-o {output}: its folder does not exist")
+        raise UserError(f"-o {output}: the folder does not exist; create it first")
     if output.exists() and not overwrite:
-        raise UserError(f"-o {output}: is there already; add --overwrite to replace it")
+        raise UserError(f"-o {output}: already exists; add --overwrite to replace it")
 
 
 def _grid(
@@ -126,8 +129,8 @@ def _grid(
 
     if shape.config is None or not shape.known:  # of one class, but of what compression?
         raise UserError(
-            f"{strategy.name}: which model is it for? --model FOLDER, a Hub id or a known name "
-            f"({', '.join(KNOWN_MODELS)}) tells how many pixels a token has"
+            f"{strategy.name}: the model is unknown, so pixels cannot be converted to tokens; "
+            f"give --model with a folder, a Hub id or a known name ({', '.join(KNOWN_MODELS)})"
         )
     old = grid_of(strategy)
     if height is None or width is None:
@@ -149,15 +152,15 @@ def _other(path: Path) -> tuple[Strategy, Stored]:
 
     found, _ = load_strategy(str(path))
     if found.grid is None:
-        raise UserError(f"--check {path}: names no grid; wanted a file that profile wrote")
+        raise UserError(f"--check {path}: has no grid; give a file written by dit-sparse profile")
     stored = read_stored(beside(path))
     if stored is None:
         raise UserError(
-            f"--check {path}: {beside(path)} holds no measurements; it is the folder that profile "
-            "keeps beside its output"
+            f"--check {path}: no measurements in {beside(path)}, the folder that profile writes "
+            "next to its output"
         )
     if (why := fits(stored, found)) is not None:
-        raise UserError(f"--check {path}: {beside(path)} is not this file's: {why}")
+        raise UserError(f"--check {path}: {beside(path)} does not belong to this file: {why}")
     return found, stored
 
 
@@ -167,7 +170,7 @@ def _tell(made: Retiled, old: Strategy, grid: LatentsGrid) -> None:
     text = f" + {old.grid.text} text" if old.grid.text else ""
     OUT.print(f"{was}{text} -> {grid} tokens", highlight=False)
     if made.strategy.grid == old.grid:
-        OUT.print("The size is the one it was made at: nothing changes.")
+        OUT.print("This is the strategy's own size: nothing changes.")
     for heading, lines in (("scaled", made.scaled), ("stays", made.stays)):
         for line in lines:
             OUT.print(styled((heading, "bold"), f"  {line}"), soft_wrap=True)
@@ -184,19 +187,19 @@ def _compare(made: Strategy, old: Strategy, path: Path, native: Strategy, stored
 
     for key, a, b in (("model", made.model, native.model), ("grid", made.grid, native.grid)):
         if a is not None and b is not None and a != b:
-            raise UserError(f"--check {path}: is for another {key}: {b}, not {a}")
+            raise UserError(f"--check {path}: {key} does not match: {b}, expected {a}")
     if (why := fits(stored, made)) is not None:
-        raise UserError(f"--check {path}: cannot judge {made.name}: {why}")
+        raise UserError(f"--check {path}: cannot be used to evaluate {made.name}: {why}")
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("")
-    for heading in ("error", "density", "predicted time", "choices measured there"):
+    for heading in ("error", "density", "predicted time", "choices measured at this size"):
         table.add_column(heading, justify="right")
     was = old.receipt.measured
     gain = was.get("predicted_attention_speedup")
     at_home = [was.get("relative_error"), was.get("density"), None if gain is None else 1 / gain]
     table.add_row(
-        f"{old.name}, by its own receipt",
-        *("not known" if v is None else f"{v:.3f}" for v in at_home),
+        f"{old.name}, from its receipt",
+        *("unknown" if v is None else f"{v:.3f}" for v in at_home),
         "",
     )
     for label, each in ((f"{old.name}, re-tiled", made), (f"{native.name}, searched", native)):
@@ -211,9 +214,9 @@ def _compare(made: Strategy, old: Strategy, path: Path, native: Strategy, stored
     OUT.print()
     OUT.print(table)
     OUT.print(
-        f"By what was measured for {path.name}: {stored.units} generations of "
-        f"{stored.num_steps} steps at {stored.grid} tokens. Error: root of the mean squared "
-        "relative error of heads' outputs. Time: of self-attention, as a share of dense; "
+        f"Based on the measurements for {path.name}: {stored.units} generations of "
+        f"{stored.num_steps} steps at {stored.grid} tokens. Error: root mean square of the "
+        "relative error of head outputs. Time: self-attention as a fraction of dense; "
         f"{stored.timing}.",
         highlight=False,
     )

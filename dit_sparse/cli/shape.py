@@ -73,7 +73,7 @@ def shape_of(
         or _of_name(strategies)
         or _of_rules(strategies)
         or _of_class(strategies)
-        or Shape(40, 24, STEPS, "assumed; --layers and --heads tell", known=False)
+        or Shape(40, 24, STEPS, "assumed; set with --layers and --heads", known=False)
     )
     if layers is not None or heads is not None:
         told = " and ".join(
@@ -84,7 +84,7 @@ def shape_of(
             layers or found.layers,
             heads or found.heads,
             found.num_steps,
-            told if both else f"{told} as told, the rest: {found.source}",
+            told if both else f"{told} as given, the rest: {found.source}",
             both or found.known,
             found.stages,
             found.config,
@@ -98,8 +98,8 @@ def shape_of(
         each.validate_for(name, found.layers, found.heads, stages=stages)
     if found.layers * found.heads > MOST_HEADS:
         raise UserError(
-            f"{found.layers} layers x {found.heads} heads ({found.source}): at most "
-            f"{MOST_HEADS:,} heads are shown; give the model's sizes by --layers and --heads"
+            f"{found.layers} layers x {found.heads} heads ({found.source}): too many to show, "
+            f"the maximum is {MOST_HEADS:,} heads; set the model's size with --layers and --heads"
         )
     return Shape(
         found.layers,
@@ -156,7 +156,7 @@ def _of_name(strategies: Sequence[Strategy]) -> Shape | None:
 
     for name in sorted(KNOWN_MODELS, key=len, reverse=True):
         if any(each.name.startswith(f"{name}.") for each in strategies):
-            return _known(name, f"{name}, by the strategy's name")
+            return _known(name, f"{name}, from the strategy's name")
     return None
 
 
@@ -170,7 +170,7 @@ def _of_rules(strategies: Sequence[Strategy]) -> Shape | None:
                     most[i] = max(most[i], named[-1] + 1)
     if not all(most):
         return None
-    source = "the largest layer and head that rules name; --model tells"
+    source = "the highest layer and head in the rules; set --model for the exact numbers"
     return Shape(most[0], most[1], STEPS, source, known=False)
 
 
@@ -180,7 +180,7 @@ def _of_class(strategies: Sequence[Strategy]) -> Shape | None:
     for each in strategies:
         for name, known in KNOWN_MODELS.items():
             if each.model is not None and known.config["_class_name"] in each.model.classes:
-                source = f"assumed: those of {name}, which has the same class; --model tells"
+                source = f"assumed: those of {name}, which has the same class; set --model"
                 return _known(name, source, sure=False)
     return None
 
@@ -207,7 +207,9 @@ def _size(config: Mapping[str, Any], shown: str) -> tuple[int, int, str]:
         with torch.device("meta"):
             model = getattr(diffusers, name).from_config(dict(config))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{shown}: cannot be sized from its config: {error}") from error
+        raise UserError(
+            f"{shown}: transformer/config.json: layers and heads cannot be counted: {error}"
+        ) from error
     modules = family.attention_modules(model)
     return len(modules), heads_of(modules[0][1]), name
 
@@ -227,5 +229,5 @@ def load_strategy(name: str) -> tuple[Strategy, Path]:
     except (OSError, ValueError):  # a name that is no path
         path = Path("-")
     if not name:
-        raise UserError("a strategy is wanted: a file, a shipped name or a method; got ''")
+        raise UserError("strategy must be a file, a shipped strategy or a method, got ''")
     return Strategy.coerce(name), path

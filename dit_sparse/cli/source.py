@@ -96,9 +96,9 @@ class SampleDefaults(BaseModel):
             found = error.errors()[0]
             key = ".".join(map(str, found["loc"])) or "content"
             takes = ", ".join(cls.model_fields)
-            raise UserError(f"{path}: {key}: {found['msg']}; keys are: {takes}") from error
+            raise UserError(f"{path}: {key}: {found['msg']}; allowed keys: {takes}") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON: {first_line(error)}") from error
+            raise UserError(f"{path}: not valid JSON: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,9 @@ class Settings:
         others = {**given.pop("call"), **asked.pop("call")}
         for key in others:
             if key in FLAGS or key in OURS:
-                instead = f"{FLAGS[key]} sets it" if key in FLAGS else "dit-sparse sets it itself"
+                instead = (
+                    f"use {FLAGS[key]} instead" if key in FLAGS else "set by dit-sparse, remove it"
+                )
                 raise UserError(f"--call {key}: {instead}")
         return {**given, **asked, **others}
 
@@ -132,20 +134,18 @@ def local_folder(model: str) -> Path | None:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise UserError(
-                    f"{model}: has no model_index.json, so it is no Diffusers pipeline folder"
+                    f"{model}: not a Diffusers pipeline folder, model_index.json is missing"
                 )
             return path
         if path.exists():
-            raise UserError(f"{model}: is a file; a Diffusers pipeline folder was wanted")
+            raise UserError(f"{model}: is a file; give a Diffusers pipeline folder")
         first = Path(model.partition("/")[0])
         if "/" in model and first.is_dir():  # the Hub is not asked for what looks like a path
             near = get_close_matches(path.name, [p.name for p in first.iterdir()], n=1)
             hint = f"; did you mean {first / near[0]}?" if near else ""
-            raise UserError(f"{model}: no such folder in {first}{hint}")
+            raise UserError(f"{model}: folder not found in {first}{hint}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):
-        raise UserError(
-            f"{model!r:.200}: no such folder, and not the form of a Hub id (owner/name)"
-        )
+        raise UserError(f"{model!r:.200}: folder not found, and not a valid Hub id (owner/name)")
     return None
 
 
@@ -187,8 +187,8 @@ def machine(device: str, dtype: str, index: int | None = None) -> tuple[str, tor
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
         raise UserError(
-            f"--device cuda: this torch ({torch.__version__}) sees no GPU; "
-            "'dit-sparse doctor' says more"
+            f"--device cuda: torch {torch.__version__} finds no GPU; use --device cpu, or run "
+            "'dit-sparse doctor' for details"
         )
     on_gpu = there and device != "cpu"
     name = dtype
@@ -206,7 +206,9 @@ def call_arguments(pipe: Any, prompt: str, settings: dict[str, Any]) -> dict[str
     name = type(pipe).__name__
     takes = inspect.signature(pipe.__call__).parameters
     if "prompt" not in takes:
-        raise UserError(f"{name} takes no prompt")
+        raise UserError(
+            f"{name} does not take a prompt; use a text-to-image or text-to-video pipeline"
+        )
     needs = [
         key
         for key, parameter in takes.items()
@@ -216,16 +218,19 @@ def call_arguments(pipe: Any, prompt: str, settings: dict[str, Any]) -> dict[str
     ]
     if needs:
         raise UserError(
-            f"{name} needs {', '.join(needs)} beside the prompt; generate is for pipelines that "
-            "make a video or an image of a text"
+            f"{name} requires {', '.join(needs)} in addition to the prompt; only text-to-image "
+            "and text-to-video pipelines are supported"
         )
     for key in settings:
         if key not in takes:
             flag = f"{FLAGS[key]} ({key})" if key in FLAGS else f"--call {key}"
-            raise UserError(f"{name} takes no {flag}")
+            raise UserError(f"{name} does not accept {flag}; remove it")
     for part in ("tokenizer", "text_encoder"):
         if part in pipe.components and pipe.components[part] is None:
-            raise UserError(f"{name} was saved without its {part}: it cannot read a prompt")
+            raise UserError(
+                f"{name} was saved without its {part}, so it cannot encode a prompt; save the "
+                "complete pipeline"
+            )
     return {"prompt": prompt, **settings}
 
 

@@ -37,7 +37,7 @@ Output = Annotated[
 
 def export(
     evaluation: Annotated[
-        Path, typer.Argument(help="Folder of 'dit-sparse evaluate'.", show_default=False)
+        Path, typer.Argument(help="Output folder of 'dit-sparse evaluate'.", show_default=False)
     ],
     arm: Annotated[
         str, typer.Argument(help="dense, floor, or a strategy's name.", show_default=False)
@@ -60,7 +60,7 @@ def export(
             exact = path.parent / Path(str(told["file"].get("exact"))).name
             items.append(Item(exact, told["prompt"], told["seed"]))
     if not items:
-        known = f"there are: {', '.join(sorted(arms))}" if arms else "it has no finished clips"
+        known = f"available: {', '.join(sorted(arms))}" if arms else "it has no finished clips"
         raise UserError(f"{evaluation}: no clips of {arm!r:.100}; {known}")
     setup = _read(evaluation / "evaluation.json", "model", "call")
     settings = {"model": setup["model"], "arm": arm, "call": setup["call"]}
@@ -71,7 +71,10 @@ def export(
         )
     OUT.print(f"{len(made['files'])} clips for {made['suite']} in {output}")
     if not made["named_by_prompt"]:
-        OUT.print("Some prompts do not fit a file name: use custom input, which 'run' does.")
+        OUT.print(
+            "Some prompts cannot be used as file names. 'dit-sparse vbench run' passes them as "
+            "custom input."
+        )
 
 
 def _read(path: Path, *keys: str) -> dict[str, Any]:
@@ -82,7 +85,10 @@ def _read(path: Path, *keys: str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
     lacks = [key for key in keys if not isinstance(found, dict) or key not in found]
     if lacks or not isinstance(found.get("file", {}), dict):
-        raise UserError(f"{path}: not a file that evaluate wrote: no {', '.join(lacks) or 'file'}")
+        raise UserError(
+            f"{path}: not a file written by dit-sparse evaluate: missing "
+            f"{', '.join(lacks) or 'file'}"
+        )
     return dict(found)
 
 
@@ -91,7 +97,7 @@ def run(
     python: Annotated[
         Path,
         typer.Option(
-            help="Interpreter of an environment with VBench in it (pip install vbench).",
+            help="Python interpreter of an environment with VBench (pip install vbench).",
             show_default=False,
         ),
     ],
@@ -100,32 +106,34 @@ def run(
         list[str] | None,
         typer.Option(
             "--dimension",
-            help="May be given several times, or with commas.",
-            show_default="all that the mode can do",
+            help="Dimension to score; repeat the option or separate names with commas.",
+            show_default="all that this mode supports",
         ),
     ] = None,
     standard: Annotated[
-        bool, typer.Option("--standard", help="The clips show VBench's own prompts.")
+        bool,
+        typer.Option("--standard", help="The clips were generated from VBench's own prompts."),
     ] = False,
-    cache: Annotated[Path, typer.Option(help="VBench's folder of weights.")] = Path(
+    cache: Annotated[Path, typer.Option(help="Folder with VBench's weights.")] = Path(
         "~/.cache/vbench"
     ),
-    torch_hub: Annotated[Path, typer.Option(help="torch's folder of weights.")] = Path(
+    torch_hub: Annotated[Path, typer.Option(help="Folder with torch.hub weights.")] = Path(
         "~/.cache/torch/hub"
     ),
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where VBench runs.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device for VBench.")] = "cpu",
     allow_download: Annotated[
-        bool, typer.Option("--allow-download", help="Let VBench fetch weights that are missing.")
+        bool, typer.Option("--allow-download", help="Allow VBench to download missing weights.")
     ] = False,
     torchvision_stub: Annotated[
         bool,
         typer.Option(
             "--torchvision-stub",
-            help="Declare the operators a torchvision without a build for its torch asks for.",
+            help="Declare missing operators for a torchvision that was not built for the "
+            "installed torch.",
         ),
     ] = False,
     timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds, all dimensions together.")
+        float, typer.Option(min=1, help="Total timeout for all dimensions, in seconds.")
     ] = 86400,
     debug: Debug = False,  # noqa: ARG001  (read by ``guarded``)
 ) -> None:
@@ -153,7 +161,8 @@ def read(
     results: Annotated[
         Path,
         typer.Argument(
-            help="A *_eval_results.json, a folder or a zip of them.", show_default=False
+            help="A *_eval_results.json file, or a folder or zip archive of such files.",
+            show_default=False,
         ),
     ],
     output: Output,
@@ -185,7 +194,9 @@ def finish(found: Results, output: Path) -> None:
         if score.reason is not None:
             OUT.print(styled((f"{name} {score.status}: {score.reason}", "dim")))
     if told["totals"] is None:
-        OUT.print("No totals: they need all 16 dimensions, and a missing one is not a 0.")
+        OUT.print(
+            "No totals: all 16 dimensions are required, and a missing one does not count as 0."
+        )
     else:
         parts = (f"{name} {value:.4f}" for name, value in told["totals"].items())
         OUT.print(", ".join(parts))
@@ -195,7 +206,7 @@ def finish(found: Results, output: Path) -> None:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Export clips for VBench, run it in its own environment, read its results.",
+    help="Export clips for VBench, run it in a separate environment, and import its results.",
     epilog="\n\n".join(("Examples:", *EXAMPLES)),
 )
 for _name, _command in (("export", export), ("run", run), ("import", read)):

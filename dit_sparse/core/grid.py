@@ -25,9 +25,9 @@ def check_blocks(blocks: int, cut_by: str, grid: LatentsGrid) -> None:
     """
     if blocks > MAX_BLOCKS:
         raise GeometryError(
-            f"{cut_by} cuts {grid} tokens into {blocks:,} blocks; a plan of all their pairs would "
-            f"take about {_PAIR_BYTES * blocks**2 / 2**30:,.0f} GiB, and at most {MAX_BLOCKS:,} "
-            "blocks are planned; use larger blocks or a smaller grid"
+            f"{cut_by} cuts {grid} tokens into {blocks:,} blocks; a plan of all block pairs would "
+            f"need about {_PAIR_BYTES * blocks**2 / 2**30:,.0f} GiB, and the maximum is "
+            f"{MAX_BLOCKS:,} blocks; use larger blocks or a smaller grid"
         )
 
 

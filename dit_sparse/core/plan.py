@@ -416,11 +416,14 @@ def _check_structure(plan: BlockPlan) -> None:
             f"kv_indices and kv_num_blocks must be int32, got {indices.dtype}, {counts.dtype}"
         )
     if counts.shape[-1] != plan.q.blocks:
-        raise PlanError(f"lists for {counts.shape[-1]} query blocks, layout has {plan.q.blocks}")
+        raise PlanError(
+            f"kv_indices must have one list per query block of the layout ({plan.q.blocks}), got "
+            f"{counts.shape[-1]}"
+        )
     if plan.means and plan.kv_log_weight is not None:
-        raise PlanError("a plan cannot have both kv_log_weight and means; leave one out")
+        raise PlanError("a plan cannot have both kv_log_weight and means; omit one of them")
     if (plan.partial is None) != (plan.tiles is None):
-        raise PlanError("partial and tiles go together: give both or neither")
+        raise PlanError("partial and tiles must be given together: pass both or neither")
     if plan.partial is not None and plan.tiles is not None:
         words = -(-plan.kv.max_length // 32)
         if plan.partial.shape != indices.shape or plan.partial.dtype != torch.int32:
@@ -450,7 +453,10 @@ def _check_structure(plan: BlockPlan) -> None:
     for axis, name in ((0, "batch"), (1, "heads")):
         sizes = {t.shape[axis] for key, t in tensors.items() if key != "tiles"} - {1}
         if len(sizes) > 1:
-            raise PlanError(f"parts of the plan disagree on {name}: {sorted(sizes)}")
+            raise PlanError(f"all parts of a plan must have the same {name}, got {sorted(sizes)}")
     devices = {str(t.device) for t in tensors.values()}
     if len(devices) > 1:
-        raise PlanError(f"a plan lives on one device, got {sorted(devices)}; use plan.to(device)")
+        raise PlanError(
+            f"all tensors of a plan must be on one device, got {sorted(devices)}; use "
+            "plan.to(device)"
+        )

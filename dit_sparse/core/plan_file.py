@@ -43,7 +43,7 @@ def check_lists(
         )
     live = torch.arange(width, device=index.device) < counts[..., None]
     if bool(((index[..., 1:] <= index[..., :-1]) & live[..., 1:]).any()):
-        raise PlanError("kv_indices must ascend within each query block's kept entries")
+        raise PlanError("kv_indices must be in ascending order within each query block")
     if partial is not None and tiles is not None:
         tile = partial[live]
         if tile.numel() and (tile.min() < -1 or tile.max() >= tiles.shape[0]):
@@ -69,7 +69,7 @@ def check_layout(
     if lengths.min() < 0 or lengths.max() > layout.max_length:
         raise PlanError(f"{side}.lengths must lie in [0, {layout.max_length}]")
     if starts.min() < 0 or (starts + lengths).max() > layout.slots:
-        raise PlanError(f"{side} blocks reach outside the {layout.slots} slots")
+        raise PlanError(f"{side} blocks exceed the {layout.slots} slots")
     # +1 where a block starts, -1 behind it: the running sum is how often a slot is covered.
     change = torch.zeros((*starts.shape[:2], layout.slots + 1), dtype=torch.int64)
     ones = (lengths > 0).long().cpu()
@@ -79,7 +79,9 @@ def check_layout(
         raise PlanError(f"{side} blocks overlap")
     if permutation is None:
         if tokens != layout.slots:
-            raise PlanError(f"{side} has {layout.slots} slots for {tokens} tokens, no permutation")
+            raise PlanError(
+                f"{side} has {layout.slots} slots for {tokens} tokens, but no permutation"
+            )
         if whole and cover.min() < 1:
             raise PlanError(f"{side} blocks must cover every token")
         return
@@ -151,9 +153,9 @@ def read_parts(
             numbers = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise PlanError(f"{path}: not a readable safetensors file: {error}") from error
+        raise PlanError(f"{path}: not a valid safetensors file: {error}") from error
     if numbers.get("format") != PLAN_FORMAT:
-        raise PlanError(f"{path}: wanted format {PLAN_FORMAT!r}, got {numbers.get('format')!r}")
+        raise PlanError(f"{path}: format must be {PLAN_FORMAT!r}, got {numbers.get('format')!r}")
     parts: dict[str, Any] = {name: numbers.get(name, "0") == "1" for name in flags}
     for name in ("q", "kv"):
         slots, longest, spread = (int(part) for part in numbers[name].split())

@@ -38,7 +38,8 @@ def read_prompt_file(path: Path) -> tuple[str, ...]:
             continue
         if (mark := control_in(line)) is not None:
             raise PromptsError(
-                f"{path}: line {number}: control character {mark} in a prompt; remove it"
+                f"{path}: line {number}: control character {mark} in a prompt; remove this "
+                "character"
             )
         found.append(re.sub(r"^\\(\\*#)", r"\1", line))
     return tuple(found)

@@ -36,7 +36,7 @@ def refuse_controls(data: Any) -> None:
         where, value = waiting.pop()
         if isinstance(value, str) and (mark := control_in(value)) is not None:
             at = f"{where.lstrip('.')}: " if where else ""
-            raise ValueError(f"{at}control character {mark} in a text; remove it")
+            raise ValueError(f"{at}control character {mark} in a text; remove this character")
         if isinstance(value, dict):
             for key, item in value.items():
                 if isinstance(key, str) and (mark := control_in(key)) is not None:

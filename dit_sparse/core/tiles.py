@@ -49,7 +49,7 @@ def pack_tiles(mask: Tensor, q: BlockLayout, kv: BlockLayout) -> tuple[Tensor, T
         its tile, -1 = whole, -2 = empty: int32 ``[batch, heads, q_blocks, kv_blocks]``.
     """
     if q.starts.shape[:2] != (1, 1) or kv.starts.shape[:2] != (1, 1):
-        raise PlanError("tiles are cut for layouts shared by all samples and heads")
+        raise PlanError("tiles require a layout shared by all samples and heads")
     index = torch.full((*mask.shape[:2], q.blocks, kv.blocks), -1, dtype=torch.int32)
     known: dict[bytes, int] = {}
     rows: list[Tensor] = []

@@ -53,10 +53,12 @@ def as_uint8(frames: Any) -> Frames:
     bad = ~np.isfinite(array)
     if bad.any():
         first = int(bad.any((1, 2, 3)).argmax())
-        raise ValueError(f"{int(bad.sum())} values are not finite, the first in frame {first}")
+        raise ValueError(
+            f"{int(bad.sum())} values are NaN or infinite, the first in frame {first}"
+        )
     low, high = float(array.min()), float(array.max())
     if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"frames must lie in [0, 1], these are in [{low:.4g}, {high:.4g}]")
+        raise ValueError(f"frames must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]")
     # One frame at a time: a float64 copy of a whole clip would be eight times the result.
     return np.stack([(np.clip(f, 0, 1) * 255).round().astype(np.uint8) for f in array])
 
@@ -73,7 +75,7 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> None:
     """
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
     if not (height and width):
-        raise ValueError(f"a video needs 2 pixels on a side, got {frames.shape[2:0:-1]}")
+        raise ValueError(f"a video must be at least 2 x 2 pixels, got {frames.shape[2:0:-1]}")
     options = ["-c:v", "libx264", "-crf", str(CRF), "-pix_fmt", "yuv420p"]
     options += ["-movflags", "+faststart"]
     encode(path, (frame[:height, :width] for frame in frames), (height, width), fps, options)
@@ -124,7 +126,7 @@ def encode(
             said = log.read().decode(errors="replace").strip().splitlines()
         if code != 0 or not scratch.is_file():
             why = said[-1] if said else f"exit code {code}"
-            raise OSError(f"{path}: ffmpeg could not write it: {why}")
+            raise OSError(f"{path}: ffmpeg cannot write this file: {why}")
         scratch.replace(path)
 
 
@@ -134,8 +136,9 @@ def frame_too_large(said: str) -> str | None:
     if found is None:
         return None
     return (
-        f"its header says {found[1]} x {found[2]} pixels a frame, at most {MAX_PIXELS:,} pixels "
-        "(as 8192 x 8192) are read; scale it down, or copy the file again if the header is wrong"
+        f"its header declares {found[1]} x {found[2]} pixels per frame; the maximum is "
+        f"{MAX_PIXELS:,} pixels (such as 8192 x 8192); scale the file down, or copy it again if "
+        "the header is wrong"
     )
 
 

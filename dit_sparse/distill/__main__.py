@@ -16,20 +16,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a training, or forecast it; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="dit_sparse.distill",
-        description="Train a video or image transformer with its sparse attention.",
+        description="Train a video or image transformer under sparse attention.",
     )
-    parser.add_argument(
-        "config", type=Path, help="a YAML file; docs/distill.md says what is in it"
-    )
+    parser.add_argument("config", type=Path, help="a YAML configuration file, see docs/distill.md")
     parser.add_argument(
         "--forecast",
         action="store_true",
-        help="say what an iteration will take of memory and time, and stop; loads no weights",
+        help="print a forecast of memory and time per iteration, and exit; loads no weights",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="drop the checkpoints in the output folder and start again",
+        help="delete the checkpoints in the output folder and start again",
     )
     asked = parser.parse_args(arguments)
     try:

@@ -67,10 +67,10 @@ def check_trainable(strategy: Strategy) -> None:
         method = rule.instance
         reason = method.untrainable
         if method.period is not None and not reason:
-            reason = "its first call is dense, and only later steps are sparse"
+            reason = "its first call is dense, so only later steps are sparse"
         if reason:
             raise DistillError(
-                f"{strategy.name}: rules[{place}]: {rule.method} cannot be trained with: "
-                f"{reason}; choose a method that plans each step on its own, "
-                "such as blade, pooled, radial or sliding windows"
+                f"{strategy.name}: rules[{place}]: {rule.method} does not support training: "
+                f"{reason}; choose a method that plans each step independently, such as blade, "
+                "pooled, radial or sliding windows"
             )

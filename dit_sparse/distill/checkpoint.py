@@ -73,7 +73,7 @@ def drop(folder: Path) -> None:
         for _, path in found(folder):
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise DistillError(f"{folder}: cannot be emptied: {error.strerror or error}") from error
+        raise DistillError(f"{folder}: cannot be cleared: {error.strerror or error}") from error
 
 
 def resume(folder: Path, inputs: Mapping[str, Any], updates: Iterable[Update]) -> int:
@@ -94,6 +94,6 @@ def resume(folder: Path, inputs: Mapping[str, Any], updates: Iterable[Update]) -
         return int(notes["iteration"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DistillError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); delete it, the run then "
-            "continues from the checkpoint before it"
+            f"{path}: is damaged ({type(error).__name__}: {error}); delete it to continue from "
+            "the previous checkpoint"
         ) from error

@@ -35,17 +35,19 @@ def list_clips(folder: Path) -> list[tuple[Path, str]]:
         DistillError: No folder, no clips, or a clip without its caption.
     """
     if not folder.is_dir():
-        raise DistillError(f"data.clips: {folder}: no such folder")
+        raise DistillError(f"data.clips: {folder}: folder not found")
     kinds = (*VIDEOS, *PICTURES)
     clips = sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
     if not clips:
-        raise DistillError(f"data.clips: {folder}: has no clips; wanted {', '.join(kinds)}")
+        raise DistillError(
+            f"data.clips: {folder}: contains no clips; supported files: {', '.join(kinds)}"
+        )
     found = []
     for clip in clips:
         caption = clip.with_suffix(".txt")
         if not caption.is_file():
             raise DistillError(
-                f"data.clips: {clip}: has no caption; wanted {caption.name} beside it"
+                f"data.clips: {clip}: has no caption; add {caption.name} next to it"
             )
         try:
             found.append((clip, caption.read_text(encoding="utf-8-sig").strip()))
@@ -75,7 +77,7 @@ def read_frames(path: Path, count: int) -> list[Image.Image]:
             return [Image.open(path).convert("RGB")]
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             # Pillow says SyntaxError of a broken PNG.
-            raise DistillError(f"{path}: cannot be read as a picture: {error}") from error
+            raise DistillError(f"{path}: not a readable image: {error}") from error
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin"]
@@ -84,15 +86,15 @@ def read_frames(path: Path, count: int) -> list[Image.Image]:
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 (its own ffmpeg)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
-        why = frame_too_large(said) or (said.splitlines() or ["ffmpeg did not say why"])[-1]
-        raise DistillError(f"{path}: cannot be read as a video: {why}")
+        why = frame_too_large(said) or (said.splitlines() or ["ffmpeg gave no reason"])[-1]
+        raise DistillError(f"{path}: not a readable video: {why}")
     stream, frames = io.BytesIO(done.stdout), []
     while stream.readline():  # P6, then width and height, then 255, then the pixels
         width, height = map(int, stream.readline().split())
         stream.readline()
         frames.append(Image.frombytes("RGB", (width, height), stream.read(3 * width * height)))
     if len(frames) < count:
-        raise DistillError(f"{path}: has {len(frames)} frames, wanted {count} (size.num_frames)")
+        raise DistillError(f"{path}: has {len(frames)} frames, but size.num_frames is {count}")
     return frames
 
 
@@ -170,7 +172,8 @@ def encode_clips(
         latents = encode_clip(pipe, read_frames(clips[i], size.num_frames or 1), size)
         if tuple(latents.shape) != wanted:
             raise DistillError(
-                f"{clips[i]}: encoded as {tuple(latents.shape)}, the transformer takes {wanted}"
+                f"{clips[i]}: encoded as {tuple(latents.shape)}, but the transformer expects "
+                f"{wanted}"
             )
         write_tensors(files[i], {"latents": latents}, {})
         if tell is not None:

@@ -66,7 +66,7 @@ def read_prompts(path: Path) -> list[str]:
     except PromptsError as error:
         raise DistillError(f"data.prompts: {error}") from error
     if not prompts:
-        raise DistillError(f"data.prompts: {path}: has no prompts; wanted one a line")
+        raise DistillError(f"data.prompts: {path}: contains no prompts; write one prompt per line")
     return prompts
 
 
@@ -112,7 +112,8 @@ def encode(
             if value.shape != first.prompt[key].shape:
                 raise DistillError(
                     f"data.prompts: prompt {i} gives {key} {tuple(value.shape)}, the first one "
-                    f"{tuple(first.prompt[key].shape)}; wanted one length (the pipeline pads)"
+                    f"{tuple(first.prompt[key].shape)}; all prompts must have the same length "
+                    "(the pipeline pads them)"
                 )
         write_tensors(files[i], found.prompt, {})
         if tell is not None:

@@ -24,8 +24,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 MAX_DEPTH, MAX_VALUES = 32, 100_000  # of a config; a strategy written out in it is 6 deep
 TOO_DEEP = (
-    f"nested more than {MAX_DEPTH} levels deep; write a training configuration as docs/distill.md "
-    "shows"
+    f"nested more than {MAX_DEPTH} levels deep; see docs/distill.md for a training configuration"
 )
 FREE = ("iterations", "checkpoint_every", "keep")  # may change when a run is resumed
 
@@ -226,11 +225,11 @@ class Config(Form):
     def _fits(self) -> Config:
         wanted = "prompts" if self.task == "distill" else "clips"
         if getattr(self.data, wanted) is None:
-            raise ValueError(f"data.{wanted}: is missing; task {self.task} needs it")
+            raise ValueError(f"data.{wanted}: missing; required for task {self.task}")
         if self.train.batch % self.train.micro_batch:
             raise ValueError(
-                f"train.micro_batch: {self.train.micro_batch} does not divide train.batch "
-                f"{self.train.batch}"
+                f"train.micro_batch: must divide train.batch ({self.train.batch}), got "
+                f"{self.train.micro_batch}"
             )
         return self
 
@@ -254,7 +253,7 @@ class Config(Form):
         method = options.pop("method", None)
         if not isinstance(method, str):
             raise DistillError(
-                "strategy: has no method; wanted a name, a file, or a mapping such as "
+                "strategy: method is missing; give a name, a file, or a mapping such as "
                 "{method: blade, density: 0.17}"
             )
         return Strategy.single(method, **options)
@@ -286,9 +285,11 @@ def read_config(path: Path) -> Config:
     except RecursionError as error:
         raise DistillError(f"{path}: {TOO_DEEP}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DistillError(f"{path}: cannot be read as YAML: {error}") from error
+        raise DistillError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise DistillError(f"{path}: wanted keys and values, got {type(data).__name__}")
+        raise DistillError(
+            f"{path}: must be a mapping of keys and values, got {type(data).__name__}"
+        )
     _bound(data, path)
     try:
         refuse_controls(data)
@@ -317,8 +318,8 @@ def _bound(data: Any, path: Path) -> None:
             return
         if count > MAX_VALUES:
             raise DistillError(
-                f"{path}: more than {MAX_VALUES} values once its aliases are expanded; write a "
-                "training configuration as docs/distill.md shows"
+                f"{path}: more than {MAX_VALUES} values once its aliases are expanded; see "
+                "docs/distill.md for a training configuration"
             )
         level = inner
     raise DistillError(f"{path}: {TOO_DEEP}")

@@ -44,8 +44,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     except (OSError, SafetensorError) as error:
         what = getattr(error, "strerror", None) or error
         raise DistillError(
-            f"{path}: cannot be written: {what}; what stood there before is whole. Make room and "
-            "start the same command again"
+            f"{path}: cannot be written: {what}; the previous content is unchanged. Free space "
+            "and run the same command again"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -80,6 +80,6 @@ def writing(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DistillError(
-            f"{place}: cannot be written: {error.strerror or error}; the checkpoints are whole. "
+            f"{place}: cannot be written: {error.strerror or error}; the checkpoints are intact. "
             "Free space and run the same command again"
         ) from error

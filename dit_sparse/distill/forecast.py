@@ -62,8 +62,8 @@ class TrainingForecast:
     def text(self) -> str:
         """Write it for people."""
         lines = [
-            f"{self.model}: {self.tokens:,} tokens a sample, {self.batch} samples an iteration",
-            f"time: {self.seconds:.1f} s an iteration (forecast, not measured)",
+            f"{self.model}: {self.tokens:,} tokens per sample, {self.batch} samples per iteration",
+            f"time: {self.seconds:.1f} s per iteration (forecast, not measured)",
             *(f"  {count:5.2f} x {name}" for name, count in self.passes.items()),
             f"memory: {sum(self.memory.values()) / GIB:.1f} GiB (forecast, not measured)",
             *(f"  {size / GIB:7.2f} GiB {name}" for name, size in self.memory.items()),
@@ -92,11 +92,11 @@ def forecast(config: Config, device_memory: float = 141e9) -> TrainingForecast:
     batch = config.train.batch
     back = LINEAR_BACK["lora" if config.lora else "full"]
     assumed = [
-        f"{ATTENTION_RATE:.0f} TFLOP/s in attention, {OTHER_RATE:.0f} in everything else",
-        "one device does the whole batch; several share it",
+        f"{ATTENTION_RATE:.0f} TFLOP/s in attention, {OTHER_RATE:.0f} TFLOP/s elsewhere",
+        "one device processes the whole batch; several devices share it",
         f"kernel efficiency {EFFICIENCY}, planning {PLANNING:.0%} of dense attention",
         f"density {density:.3f} ({told.density_from}; pooled keys included)",
-        f"of the student's attention, {share:.0%} is sparse",
+        f"{share:.0%} of the student's attention is sparse",
         f"backward takes {ATTENTION_BACK} forward passes in attention, {back:.0f} elsewhere",
         "not counted: VAE, text encoders (freed before training), data, CUDA's own memory",
     ]
@@ -198,7 +198,7 @@ def _memory(config: Config, size: ModelSize, found: dict[str, Any]) -> dict[str,
     whole = float(size.parameters * dtype.itemsize)
     rounded = {}
     if config.lora is None and dtype != torch.float32:
-        rounded[f"trained weights as they run, {config.train.dtype}"] = count * whole
+        rounded[f"trained weights in compute precision, {config.train.dtype}"] = count * whole
     return {
         f"frozen weights, {config.train.dtype}": whole,
         **rounded,
@@ -260,8 +260,7 @@ def _model_config(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     path = folder / "transformer" / "config.json"
     if not path.is_file():
         raise DistillError(
-            f"model: {name}: no {path}; a forecast takes a folder or one of: "
-            f"{', '.join(KNOWN_MODELS)}"
+            f"model: {name}: no {path}; give a folder or one of: {', '.join(KNOWN_MODELS)}"
         )
     vae = folder / "vae" / "config.json"
     try:

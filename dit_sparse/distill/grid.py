@@ -84,14 +84,14 @@ def read_grid(scheduler: Any, told: list[float]) -> StepGrid:
     timesteps = scheduler.timesteps.double().cpu()
     if len(timesteps) != len(told):
         raise DistillError(
-            f"{name}: {len(timesteps)} timesteps, {len(told)} calls of the model; wanted one call "
-            "a step"
+            f"{name}: {len(timesteps)} timesteps, {len(told)} calls of the model; expected one "
+            "call per step"
         )
     told_times = torch.tensor(told, dtype=torch.float64)
     sigmas = getattr(scheduler, "sigmas", None)
     if objective.alphas_cumprod is None:
         if sigmas is None:
-            raise DistillError(f"{name}: has no sigmas; a flow-matching scheduler was wanted")
+            raise DistillError(f"{name}: has no sigmas; use a flow-matching scheduler")
         times = sigmas[: len(told)].double().cpu()
         if float((told_times / objective.time_scale - times).abs().max()) > 2e-3:
             raise DistillError(
@@ -102,13 +102,15 @@ def read_grid(scheduler: Any, told: list[float]) -> StepGrid:
         times = timesteps
         _check_table(name, objective, times, sigmas)
     if any(a <= b for a, b in pairwise(times.tolist())):
-        raise DistillError(f"{name}: noise levels must fall from step to step: {times.tolist()}")
+        raise DistillError(
+            f"{name}: noise levels must decrease from step to step: {times.tolist()}"
+        )
     return StepGrid(objective, times, told_times)
 
 
 def _check_table(name: str, objective: Objective, times: Tensor, sigmas: Any) -> None:
     if not bool((times == times.round()).all()):
-        raise DistillError(f"{name}: timesteps {times.tolist()} are no entries of its table")
+        raise DistillError(f"{name}: timesteps {times.tolist()} are not in its table")
     if sigmas is None or len(sigmas) < len(times):
         return
     level = objective.level(times)
@@ -116,8 +118,8 @@ def _check_table(name: str, objective: Objective, times: Tensor, sigmas: Any) ->
     gap = (sigmas[: len(times)].double().cpu() / wanted - 1).abs()
     if float(gap.max()) > CLOSE:
         raise DistillError(
-            f"{name}: its noise levels are not those of its timesteps (Karras or other spaced "
-            "sigmas); choose timestep_spacing alone"
+            f"{name}: its noise levels do not match its timesteps (Karras or other sigma "
+            "spacing); use only timestep_spacing"
         )
 
 

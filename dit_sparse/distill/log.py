@@ -60,8 +60,8 @@ class Log:
             return [r for r in csv.DictReader(whole) if int(r["iteration"]) <= iteration]
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise DistillError(
-                f"{self.path}: is not a log of this training ({type(error).__name__}: {error}); "
-                "delete it: the checkpoints do not need it"
+                f"{self.path}: not a log of this training run ({type(error).__name__}: {error}); "
+                "delete it, the checkpoints do not depend on it"
             ) from error
 
     @staticmethod
@@ -70,8 +70,8 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DistillError(
-                "train.tensorboard: the package tensorboard is missing; install "
-                "dit-sparse[distill], or leave it out: the CSV is always written"
+                "train.tensorboard: the package tensorboard is not installed; install "
+                "dit-sparse[distill], or remove this option: a CSV log is always written"
             ) from error
         return SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 

@@ -210,8 +210,8 @@ def _add_adapters(model: Any, lora: Lora, roles: tuple[Role, ...], seed: int) ->
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise DistillError(
-            "LoRA needs the package peft; install dit-sparse[distill], or set lora: null to train "
-            "all weights"
+            "LoRA requires the package peft; install dit-sparse[distill], or set lora: null to "
+            "train all weights"
         ) from error
     config = {
         "r": lora.rank,

@@ -133,7 +133,7 @@ def objective_of(scheduler: Any, told: list[float]) -> Objective:
     if flow or config.get("use_flow_sigmas"):
         if not flow:
             raise DistillError(
-                f"{name}: use_flow_sigmas with prediction_type {kind!r}; wanted flow_prediction"
+                f"{name}: use_flow_sigmas with prediction_type {kind!r}; must be flow_prediction"
             )
         steps = float(config.get("num_train_timesteps", 1000))
         whole = not scheduler.timesteps.is_floating_point()
@@ -141,13 +141,14 @@ def objective_of(scheduler: Any, told: list[float]) -> Objective:
     table = getattr(scheduler, "alphas_cumprod", None)
     if kind not in TABLED or table is None:
         raise DistillError(
-            f"{name}: prediction_type {kind!r} cannot be trained; wanted flow_prediction, "
-            f"{' or '.join(TABLED)}"
+            f"{name}: prediction_type {kind!r} is not supported for training; use "
+            f"flow_prediction, {' or '.join(TABLED)}"
         )
     table = table.double().cpu()
     if kind == "epsilon" and bool((table <= 0).any()):
         raise DistillError(
-            f"{name}: a model of prediction_type epsilon sees nothing at a level without signal "
-            "(alphas_cumprod 0, rescale_betas_zero_snr); wanted v_prediction, or no rescaling"
+            f"{name}: a model with prediction_type epsilon cannot learn at a level without "
+            "signal (alphas_cumprod 0, rescale_betas_zero_snr); use v_prediction, or disable "
+            "the rescaling"
         )
     return Objective(kind, 1.0, whole=False, alphas_cumprod=table)

@@ -63,7 +63,8 @@ def guidance_arguments(
             found |= {"true_cfg_scale": true_guidance, "negative_prompt": negative_prompt or ""}
     elif true_guidance != 1:
         raise DistillError(
-            f"{name} takes no true_cfg_scale, got true_guidance {true_guidance}; set guidance"
+            f"{name} does not accept true_cfg_scale, got true_guidance {true_guidance}; use "
+            "guidance instead"
         )
     elif negative_prompt is not None and "negative_prompt" in takes:
         found["negative_prompt"] = negative_prompt
@@ -104,7 +105,7 @@ def record(
     except _EnoughError:
         pass
     except (ValueError, TypeError) as error:  # what the pipeline itself checks: sizes, embeddings
-        raise DistillError(f"{name} refuses this run: {error}") from error
+        raise DistillError(f"{name} rejected this run: {error}") from error
     finally:
         if before is None:
             del model.__dict__["forward"]
@@ -112,12 +113,12 @@ def record(
             model.forward = before
         pipe.set_progress_bar_config()
     if not calls:
-        raise DistillError(f"{name} did not call its transformer once")
+        raise DistillError(f"{name} did not call its transformer")
     passes = sum(_time(call) == _time(calls[0]) for call in calls)
     if whole and len(calls) != passes * steps:
         raise DistillError(
-            f"{name}: {len(calls)} passes of its transformer in {steps} steps; wanted as many in "
-            "every step"
+            f"{name}: {len(calls)} passes of its transformer in {steps} steps; every step must "
+            "have the same number of passes"
         )
     grid = None
     if whole:
@@ -143,15 +144,15 @@ def _model(pipe: Any) -> Any:
     models = transformers_of(pipe)
     if len(models) != 1:
         raise DistillError(
-            f"{name} has {len(models)} transformers ({', '.join(models)}); one is trained at a "
-            "time, which is not supported yet"
+            f"{name} has {len(models)} transformers ({', '.join(models)}); training one of "
+            "several transformers is not supported yet"
         )
     (model,) = models.values()
     takes = inspect.signature(pipe.__call__).parameters
     if "image" in takes or "video" in takes:
         raise DistillError(
-            f"{name} starts from a picture or a video; text to video and text to image can be "
-            "trained"
+            f"{name} starts from an image or a video; only text-to-video and text-to-image "
+            "pipelines can be trained"
         )
     return model
 
@@ -187,7 +188,7 @@ def _branches(
     if len(calls) == 1 and batch == 2 and batched:
         return _sample(calls[0], 1), _sample(calls[0], 0)
     raise DistillError(
-        f"{name}: {len(calls)} passes of {batch} samples in a step; wanted one sample, with or "
+        f"{name}: {len(calls)} passes of {batch} samples in a step; expected one sample, with or "
         "without guidance"
     )
 

@@ -41,8 +41,8 @@ def save_result(
             _merged(networks).save_pretrained(str(folder / "transformer"))
     except OSError as error:
         raise DistillError(
-            f"{folder}: cannot be written: {error.strerror or error}; the checkpoints are whole: "
-            "make room and start the same command again"
+            f"{folder}: cannot be written: {error.strerror or error}; the checkpoints are "
+            "intact. Free space and run the same command again"
         ) from error
     if strategy is not None:
         strategy.save_pretrained(folder)
@@ -127,12 +127,12 @@ def card(
     {load.replace(chr(10), chr(10) + "    ")}
     {call}
 
-The scheduler is the pipeline's own, {type(pipe.scheduler).__name__}; with other settings of it, or
-another number of steps, the model sees levels that it was not trained at.
+Use the pipeline's own scheduler, {type(pipe.scheduler).__name__}, with its settings and this
+number of steps. Otherwise the model runs at noise levels that it was not trained at.
 
-Levels of the {config.steps} steps ({conditions.grid.objective.kind}): {times}.
+Noise levels of the {config.steps} steps ({conditions.grid.objective.kind}): {times}.
 
-Made by dit_sparse {__version__}, {config.train.iterations} iterations; all settings:
+Trained with dit_sparse {__version__}, {config.train.iterations} iterations. All settings:
 
 ```json
 {settings}

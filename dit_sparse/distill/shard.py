@@ -51,8 +51,8 @@ def read_sharding(accelerator: Any) -> Sharding | None:
         return None
     if kind != "FSDP":
         raise DistillError(
-            f"accelerate is set to {kind}; wanted MULTI_GPU or MULTI_CPU (each process has all "
-            "weights) or FSDP (they are spread): choose in 'accelerate config'"
+            f"accelerate is set to {kind}; must be MULTI_GPU or MULTI_CPU (each process has all "
+            "weights) or FSDP (weights are sharded); change it with 'accelerate config'"
         )
     plugin = accelerator.state.fsdp_plugin
     for wrong, line in (
@@ -65,8 +65,8 @@ def read_sharding(accelerator: Any) -> Sharding | None:
     ):
         if wrong:
             raise DistillError(
-                f"accelerate's FSDP settings: wanted {line}; change it in the file that "
-                "'accelerate config' wrote"
+                f"accelerate's FSDP settings: must contain {line}; change it in the file written "
+                "by 'accelerate config'"
             )
     # Without an offload accelerate keeps None or the policy's empty base class here.
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
@@ -78,19 +78,19 @@ def check_sharding(config: Config, pipe: Any, processes: int) -> None:
     name = type(pipe).__name__
     if config.lora is None:
         raise DistillError(
-            "lora: null trains whole copies, which are not spread; under FSDP set lora, or choose "
-            "MULTI_GPU in 'accelerate config'"
+            "lora: null trains full copies, which are not sharded; under FSDP set lora, or "
+            "choose MULTI_GPU in 'accelerate config'"
         )
     if not hasattr(pipe, "save_lora_weights"):
         raise DistillError(
-            f"{name} has no save_lora_weights, and its result would be whole weights, which are "
+            f"{name} has no save_lora_weights, so its result would be full weights, which are "
             "not gathered; choose MULTI_GPU in 'accelerate config'"
         )
     passes = config.train.batch // config.train.micro_batch
     if passes % processes:
         raise DistillError(
-            f"train.batch: {config.train.batch} in passes of {config.train.micro_batch} cannot be "
-            f"shared evenly by {processes} processes, and under FSDP all keep step; wanted a "
+            f"train.batch: {config.train.batch} in passes of {config.train.micro_batch} cannot "
+            f"be divided evenly among {processes} processes, as FSDP requires; must be a "
             f"multiple of {config.train.micro_batch * processes}"
         )
 

@@ -74,8 +74,8 @@ def prepare(config: Config, accelerator: Any, *, fresh: bool = False) -> Trainer
     sharding = read_sharding(accelerator)
     if config.device == "cuda" and accelerator.device.type != "cuda":
         raise DistillError(
-            f"device: cuda was asked for, this torch ({torch.__version__}) and accelerate give "
-            f"{accelerator.device}; 'dit-sparse doctor' says more"
+            f"device: cuda was requested, but torch {torch.__version__} and accelerate use "
+            f"{accelerator.device}; run 'dit-sparse doctor' for details"
         )
     strategy = config.make_strategy()
     clips: list[Path] = []

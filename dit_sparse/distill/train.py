@@ -136,10 +136,14 @@ class Trainer:
                 row = step(iteration)
             except DistillError as error:
                 there = checkpoint.found(folder)
-                kept = f"the last good checkpoint is {there[-1][1]}" if there else "none was kept"
+                kept = (
+                    f"the last good checkpoint is {there[-1][1]}"
+                    if there
+                    else "no checkpoint was saved"
+                )
                 raise DistillError(
-                    f"iteration {iteration + 1}: {error}; {kept}. Lower the learning rates, or "
-                    "look into the data, before starting again"
+                    f"iteration {iteration + 1}: {error}; {kept}. Reduce the learning rates or "
+                    "check the data before you start again"
                 ) from error
             last = iteration + 1 == config.train.iterations
             if log is not None:

@@ -127,7 +127,9 @@ class Update:
         for name, parameter in self.parameters.items():
             weight = tensors.get(f"{self.role}/weight/{name}")
             if weight is None or weight.shape != parameter.shape:
-                raise DistillError(f"the checkpoint has no {self.role} weight {name}")
+                raise DistillError(
+                    f"the checkpoint does not contain the {self.role} weight {name}"
+                )
             parameter.data.copy_(weight)
             state = {
                 key: tensors[f"{self.role}/{key}/{name}"].clone()

@@ -30,7 +30,7 @@ def grid_of(strategy: Strategy) -> LatentsGrid:
     """Give the strategy's grid, with text where its model's family has it."""
     grid = strategy.grid
     if grid is None:
-        raise ValueError(f"{strategy.name} names no grid")
+        raise ValueError(f"{strategy.name} has no grid")
     name = ANY_CLASS if strategy.model is None else strategy.model.classes[0]
     return family_by_name(name).grid((grid.frames, grid.height, grid.width, grid.text))
 

@@ -152,13 +152,13 @@ def _check(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _problems(device: Device) -> list[str]:
     found = [
-        f"{device.name}: kernel {kernel.name!r} is wrong here: {kernel.check}; choose another by "
-        "name (--kernel), and please report this"
+        f"{device.name}: kernel {kernel.name!r} gives wrong results: {kernel.check}; choose "
+        "another kernel with --kernel, and please report this"
         for kernel in device.kernels
         if kernel.check is not None
     ]
     if device.chosen is None:
-        found.append(f"{device.name}: no kernel can run; see the reasons above")
+        found.append(f"{device.name}: no kernel is available; see the reasons above")
     return found
 
 
@@ -171,9 +171,9 @@ def _torchvision() -> str | None:
     except Exception as error:  # noqa: BLE001  (RuntimeError as often as ImportError)
         why = str(error).strip().splitlines()[0]
         return (
-            f"torchvision {version_of('torchvision')} cannot be imported ({why}), and diffusers "
-            "pipelines fail with it; install the build that fits torch "
-            f"{torch.__version__}, or uninstall torchvision"
+            f"torchvision {version_of('torchvision')} cannot be imported ({why}), which makes "
+            f"diffusers pipelines fail; install the build for torch {torch.__version__}, or "
+            "uninstall torchvision"
         )
     return None
 
@@ -184,5 +184,5 @@ def _ffmpeg() -> str | None:
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        return f"no ffmpeg for mp4 files ({error}); pip install imageio-ffmpeg"
+        return f"ffmpeg is required for mp4 files ({error}); pip install imageio-ffmpeg"
     return None

@@ -152,10 +152,10 @@ def forecast(
     elif strategy is not None and known and all(m.density is not None for m, _ in known):
         total = sum(count for _, count in known)
         density = sum((m.density or 0.0) * count for m, count in known) / total
-        source = "counted from plans" if all(m.exact for m, _ in known) else "what params ask for"
+        source = "counted from plans" if all(m.exact for m, _ in known) else "from params"
     else:
         density = DENSITY
-        source = "assumed: it depends on the content" if strategy else "assumed"
+        source = "assumed, as it depends on the content" if strategy else "assumed"
     share = attention_share(size)
     gain = expected_gain(share, sparse_share, density, efficiency, planning)
     return Forecast(
@@ -206,16 +206,16 @@ def _warnings(
     found = []
     if grid.tokens < FEWEST_TOKENS:
         found.append(
-            f"not worth it here: {grid.tokens:,} tokens are fewer than {FEWEST_TOKENS:,}; "
-            "launches, planning and half-filled blocks take what is saved"
+            f"not worth it here: {grid.tokens:,} tokens are fewer than {FEWEST_TOKENS:,}, so "
+            "launch overhead, planning and partially filled blocks cancel the savings"
         )
     elif gain < WORTH_A_TRY:
         found.append(
-            f"not worth it here: {gain:.2f} x is expected; self-attention is {share:.0%} of the "
-            "time, and no kernel saves more than that"
+            f"not worth it here: {gain:.2f} x is expected; self-attention takes {share:.0%} of "
+            "the time, which limits the speed-up"
         )
     if sparse_share == 0:
-        found.append("nothing would be sparse: the schedule's dense steps take the whole run")
+        found.append("nothing would be sparse: the schedule keeps every step of the run dense")
     return tuple(found)
 
 
@@ -246,8 +246,8 @@ def forecast_method(
     """Play a method's calls on tensors without data; a static mask is counted exactly."""
     if size.grid.tokens > MAX_TOKENS:
         raise GeometryError(
-            f"{size.grid} are {size.grid.tokens:,} tokens, at most {MAX_TOKENS:,} are planned "
-            "for; forecast a smaller size"
+            f"{size.grid} has {size.grid.tokens:,} tokens; the maximum is {MAX_TOKENS:,}, so "
+            "choose a smaller size"
         )
     state, shared, reads_content = _play(method, size, num_steps, batch)
     density: float | None = None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SYNTHETIC = 4096  # tokens up to which content is made up where there is no model
 PLAYED, PLAYED_STEPS = 4, 6  # step and steps of a made-up run: behind every method's search
-BY_CONTENT = "it chooses by content: --model and --prompt show it as it ran"
+BY_CONTENT = "its choices depend on the content; use --model and --prompt to show a run"
 
 
 def draw_choices(
@@ -53,7 +53,7 @@ def draw_choices(
             choice.why = f"{mask}on {grid} tokens"
         elif made_up or grid.tokens <= SYNTHETIC:
             views = _played(choice, grid)
-            choice.why = f"on {grid} tokens of synthetic queries and keys: no model's"
+            choice.why = f"on {grid} tokens of synthetic queries and keys, not from a model"
         if not views:
             choice.why = choice.why or BY_CONTENT
         elif len(views) == 1:

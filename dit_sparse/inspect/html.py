@@ -86,10 +86,10 @@ def data_of(atlas: Atlas) -> dict[str, Any]:
 
 def _no_attention(atlas: Atlas) -> str:
     if atlas.attention:
-        return "Attention map: left out, to keep the page small."
+        return "Attention map: omitted to limit the page size."
     return (
-        "Attention map: not there; a search does not keep it, --model with --prompt makes it from "
-        "a dense run."
+        "Attention map: not available, because a search does not store it; use --model with "
+        "--prompt to create it from a dense run."
     )
 
 

@@ -175,7 +175,7 @@ def observe_run(
         made, reasons = handle.num_steps, handle.report().reasons
     if not count:
         why = "; ".join(reasons) or f"the pipeline made {made} steps"
-        raise StrategyError(f"nothing was seen at steps {sorted(steps)}: {why}")
+        raise StrategyError(f"no attention call was observed at steps {sorted(steps)}: {why}")
     return made
 
 

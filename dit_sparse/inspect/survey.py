@@ -124,7 +124,7 @@ def _choice(
     strategy: Strategy, rule: Rule | None, layout: Layout, stored: Stored | None, *, count: bool
 ) -> Choice:
     if rule is None:
-        text = "everything, by the model's own attention"
+        text = "full attention, computed by the model's own code"
         return Choice("dense", "dense", "dense", density=1.0, exact=True, why=text)
     name = method_text(
         (rule.method, {k: v for k, v in rule.params.items() if k != "block_size"}), short=True
@@ -208,10 +208,11 @@ def _candidates(layout: Layout, stored: Stored) -> Candidates:
 def _source(stored: Stored | None) -> tuple[str, str]:
     """Say where errors and times come from."""
     if stored is None:
-        none = "No measurements stand beside the file: not known of sparse heads."
+        none = "No measurements next to the file, so the values of sparse heads are unknown."
         return none, none
     error = (
         f"Measured in {stored.units} generations on {stored.inputs}; relative L2 error of a "
         "head's output before the projection, root of the mean square over the captured steps."
     )
-    return error, f"Predicted, of this head's dense time, launches not counted: {stored.timing}."
+    time = "Predicted, as a fraction of this head's dense time, without kernel launches"
+    return error, f"{time}: {stored.timing}."

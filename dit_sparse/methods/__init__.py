@@ -59,12 +59,12 @@ def register_method(name: str, path: str) -> None:
         )
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", path):
         raise StrategyError(
-            f"method {name!r}: wanted 'package.module:Class', got {path!r:.80}; "
+            f"method {name!r}: path must be 'package.module:Class', got {path!r:.80}; "
             "try 'my_package.my_method:MyMethod'"
         )
     if METHODS.setdefault(name, path) != path:
         raise StrategyError(
-            f"method {name!r} is already {METHODS[name]}, so it cannot be {path}; "
+            f"method {name!r} is already {METHODS[name]}, so it cannot be registered as {path}; "
             "choose another name"
         )
 
@@ -72,7 +72,9 @@ def register_method(name: str, path: str) -> None:
 def method_class(name: str) -> type[Method]:
     """Import the dataclass of the method called ``name``; ``StrategyError`` lists the names."""
     if name not in METHODS:
-        raise StrategyError(f"unknown method {name!r}; there are: {', '.join(sorted(METHODS))}")
+        raise StrategyError(
+            f"unknown method {name!r}; available methods: {', '.join(sorted(METHODS))}"
+        )
     module, _, symbol = METHODS[name].partition(":")
     try:
         found: Any = getattr(import_module(module), symbol)

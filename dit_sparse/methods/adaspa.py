@@ -73,8 +73,8 @@ class AdaSpa(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: the heaviest blocks by exact softmax mass, searched on two steps "
-        "(AdaSpa, 2502.21079)"
+        "dynamic: blocks with the largest exact softmax mass, searched on two steps (AdaSpa, "
+        "2502.21079)"
     )
     example: ClassVar[Params] = {"density": 0.4, "search_steps": [0.0, 0.5], "block_size": 8}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -83,8 +83,9 @@ class AdaSpa(Method):
     }
     at_start: ClassVar[Params] = {"search_steps": [0.0]}
     alone: ClassVar[Params] = {"recall_threshold": 1.0}  # levels compare the heads of a launch
-    untrainable: ClassVar[str] = "it chooses by the log-sum-exps of an earlier step"
-    stays: ClassVar[str] = "density is a share of blocks, searches are fractions of the run"
+    untrainable: ClassVar[str] = "its choices depend on log-sum-exps from an earlier step"
+    stays: ClassVar[str] = "density is a fraction of blocks, and search steps are fractions of "
+    "the run"
 
     density: float = 0.2
     search_steps: tuple[float, ...] = (0.18, 0.58)
@@ -113,7 +114,7 @@ class AdaSpa(Method):
     @property
     def heads_tied(self) -> str:
         """Head levels rank the heads of a call against each other."""
-        tied = "it ranks the heads of a rule, and each process ranks its own"
+        tied = "it ranks all heads of a rule together, and each process ranks only its own"
         return tied if self.recall_threshold < 1 else ""
 
     def searches(self, num_steps: int) -> tuple[int, ...]:

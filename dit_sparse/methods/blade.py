@@ -95,7 +95,7 @@ class Blade(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: Hilbert-ordered blocks by the largest sampled weight, pooled keys on request "
+        "dynamic: Hilbert-ordered blocks by their largest sampled weight, optional pooled keys "
         "(BLADE's ASA and ASA_G, 2508.10774)"
     )
     everything: ClassVar[Params] = {"density": 1.0, "threshold": 1.0}
@@ -103,7 +103,8 @@ class Blade(Method):
     cheap_planning: ClassVar[Params] = {"refresh": 4}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
     stays: ClassVar[str] = (
-        "density, floor and threshold are shares; a pooled key stands for as many tokens"
+        "density, floor and threshold are fractions, and a pooled key represents the same "
+        "number of tokens"
     )
 
     density: float = 0.17
@@ -133,8 +134,8 @@ class Blade(Method):
         check_compensate(self.compensate)
         if self.pooled and self.compensate != "none":
             raise StrategyError(
-                f"pooled keys (pooled {self.pooled}) already stand for what is dropped, got "
-                f"compensate {self.compensate!r} too; try pooled 0"
+                f"pooled keys (pooled {self.pooled}) already compensate for dropped keys, so "
+                f"compensate must be 'none', got {self.compensate!r}; try pooled 0"
             )
         check_seed(self.seed)
         check_refresh(self.refresh)
@@ -152,7 +153,7 @@ class Blade(Method):
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
         """Warn that the number of samples does not grow with the grid."""
-        return ("as many tokens are drawn of each block, however many blocks there are",)
+        return ("the number of tokens sampled per block does not depend on the number of blocks",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose by sampled maxima along the curve, or reuse the last choice."""

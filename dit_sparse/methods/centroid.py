@@ -66,13 +66,14 @@ class Centroid(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: clusters of keys attended one by one or as their centroid, one budget a head "
-        "(ours, from SVG2, 2505.18875, and SVG-EAR, 2603.08982)"
+        "dynamic: key clusters attended token by token or as their centroid, one budget per "
+        "head (ours, from SVG2, 2505.18875, and SVG-EAR, 2603.08982)"
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
     cheap_planning: ClassVar[Params] = {"refresh": 4}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "queries=tiles")}
-    stays: ClassVar[str] = "density is a share, clusters follow the tokens unless they are given"
+    stays: ClassVar[str] = "density is a fraction, and the number of clusters scales with the "
+    "tokens unless it is set"
 
     density: float = 0.25
     queries: Literal["clusters", "tiles"] = "clusters"

@@ -106,15 +106,16 @@ class Composed(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: order, score, selection and compensation by name; by default 3-D tiles with "
-        "means of what is dropped (pieces of GNA, 2504.16922, and BLADE, 2508.10774)"
+        "dynamic: order, score, selection and compensation chosen by name; by default 3-D tiles "
+        "with means for dropped tiles (pieces of GNA, 2504.16922, and BLADE, 2508.10774)"
     )
     example: ClassVar[Params] = {"density": 0.5, "tile": [2, 2, 2], "block_size": 8}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "default": ("", "score=maximum:select=top_k", "query_order=hilbert:key_order=hilbert"),
         "quick": ("",),
     }
-    stays: ClassVar[str] = "density, top_p and floor are shares; a tile holds as many tokens"
+    stays: ClassVar[str] = "density, top_p and floor are fractions, and a tile has the same "
+    "number of tokens"
 
     query_order: Order = "tiles"
     key_order: Order = "tiles"
@@ -164,8 +165,8 @@ class Composed(Method):
         check_block_size(self.block_size)
         if self.clustered and self.score not in {"mean", "centroid"}:
             raise StrategyError(
-                f"score {self.score!r} scores blocks of a fixed order, got clusters; try "
-                "score 'centroid', or tiles for both orders"
+                f"score {self.score!r} requires a fixed order, got clusters; try score "
+                "'centroid', or tiles for both orders"
             )
         if self.score == "maximum" and self.select == "budget":
             raise StrategyError(
@@ -174,8 +175,8 @@ class Composed(Method):
             )
         if self.score == "mass" and self.refresh < 2:
             raise StrategyError(
-                "score 'mass' makes the choosing call dense, so later steps must reuse its "
-                f"choice: refresh must be at least 2, got {self.refresh}; try 4"
+                "refresh must be at least 2 with score 'mass', because a call that chooses is "
+                f"dense and later steps must reuse the choice; got {self.refresh}; try 4"
             )
 
     @property
@@ -410,6 +411,6 @@ def check_tile(tile: tuple[int, ...]) -> None:
     """Refuse tiles without tokens or above 1024."""
     if len(tile) != 3 or min(tile) < 1 or prod(tile) > 1024:
         raise StrategyError(
-            "tile must hold three counts (frames, rows, columns) of at most 1024 tokens together, "
-            f"got {list(tile)!r:.80}; try [4, 4, 4]"
+            "tile must contain three counts (frames, rows, columns) with a product of at most "
+            f"1024 tokens, got {list(tile)!r:.80}; try [4, 4, 4]"
         )

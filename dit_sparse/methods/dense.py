@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Dense(Method):
     """Keep everything: the model's own attention runs, bit for bit."""
 
-    summary: ClassVar[str] = "everything, by the model's own attention"
+    summary: ClassVar[str] = "full attention, computed by the model's own code"
     everything: ClassVar[Params] = {}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    stays: ClassVar[str] = "it has no params"
+    stays: ClassVar[str] = "the method has no params"
     keeps_all: ClassVar[bool] = True
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002

@@ -81,7 +81,7 @@ class GNA(Method):
     example: ClassVar[Params] = {"window": [2, 3, 3], "tile": [2, 2, 2]}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
     density_params: ClassVar[tuple[str, ...]] = ("window",)
-    stays: ClassVar[str] = "stride, dilation and tile are tokens of a block"
+    stays: ClassVar[str] = "stride, dilation and tile are counted in tokens within a block"
 
     window: tuple[int, int, int] = (18, 24, 24)
     stride: tuple[int, int, int] = (1, 1, 1)
@@ -99,7 +99,7 @@ class GNA(Method):
             value = getattr(self, name)
             if len(value) != 3 or min(value) < 1 or max(value) > MAX_COUNT:
                 raise StrategyError(
-                    f"{name} must hold three counts from 1 to {MAX_COUNT} (frames, rows, "
+                    f"{name} must contain three counts from 1 to {MAX_COUNT} (frames, rows, "
                     f"columns), got {list(value)!r:.80}; try {example}"
                 )
         check_compensate(self.compensate)
@@ -110,8 +110,8 @@ class GNA(Method):
             )
         if prod(self.tile) > 1024:
             raise StrategyError(
-                f"tile must hold at most 1024 tokens, got {list(self.tile)} = {prod(self.tile)}; "
-                "try [4, 4, 8]"
+                f"tile must contain at most 1024 tokens, got {list(self.tile)} = "
+                f"{prod(self.tile)}; try [4, 4, 8]"
             )
 
     @classmethod

@@ -59,13 +59,13 @@ class Pooled(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: the best blocks by mean query and mean key, top-k or top-p "
-        "(SpargeAttn's selector, 2502.18137)"
+        "dynamic: top-k or top-p blocks by mean query and mean key (SpargeAttn's selector, "
+        "2502.18137)"
     )
     example: ClassVar[Params] = {"density": 0.4, "block_size": 8, "refresh": 2}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("",), "quick": ("",)}
     density_params: ClassVar[tuple[str, ...]] = ("density", "select", "top_p")
-    stays: ClassVar[str] = "density, top_p and floor are shares"
+    stays: ClassVar[str] = "density, top_p and floor are fractions"
 
     select: Literal["top_k", "top_p"] = "top_k"
     density: float = 0.5

@@ -78,7 +78,7 @@ class Radial(Method):
     """
 
     summary: ClassVar[str] = (
-        "static window that halves as frames stand further apart (Radial Attention, 2506.19852)"
+        "static window that halves with temporal distance (Radial Attention, 2506.19852)"
     )
     static: ClassVar[bool] = True
     everything: ClassVar[Params] = {"decay_factor": 1e9}
@@ -88,7 +88,7 @@ class Radial(Method):
         "quick": ("",),
     }
     density_params: ClassVar[tuple[str, ...]] = ("decay_factor",)
-    stays: ClassVar[str] = "windows are shares of a frame, halved as frames stand further apart"
+    stays: ClassVar[str] = "windows are fractions of a frame that halve with temporal distance"
 
     form: Literal["paper", "released"] = "paper"
     decay_factor: float = 1.0
@@ -102,8 +102,8 @@ class Radial(Method):
             raise StrategyError(f"form must be 'paper' or 'released', got {self.form!r}")
         if not (isfinite(self.decay_factor) and self.decay_factor > 0):
             raise StrategyError(
-                f"decay_factor must be a number above 0, got {self.decay_factor}; "
-                "1 is the paper's, 0.2 the released code's for Wan 2.1"
+                f"decay_factor must be a number above 0, got {self.decay_factor}; the paper uses "
+                "1, the released code 0.2 for Wan 2.1"
             )
         check_compensate(self.compensate)
         check_block_size(self.block_size)
@@ -135,9 +135,11 @@ class Radial(Method):
         """Warn that density falls with the number of frames, and of fixed widths."""
         found = []
         if old.frames != new.frames:
-            found.append("keeps a smaller share of longer videos, a larger one of shorter")
+            found.append(
+                "keeps a smaller fraction of longer videos and a larger fraction of shorter ones"
+            )
         if self.form == "released":
-            found.append("the released form's narrowest window is as many tokens as before")
+            found.append("the narrowest window of the released form keeps its size in tokens")
         return tuple(found)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002

@@ -82,14 +82,14 @@ class Rettention(Method):
     """
 
     summary: ClassVar[str] = (
-        "compensation: a frozen mask rescaled, plus the dropped keys' part as last seen "
-        "(Re-ttention, 2505.22918)"
+        "compensation: a frozen mask with rescaled output, plus the contribution of dropped "
+        "keys from the last dense step (Re-ttention, 2505.22918)"
     )
     everything: ClassVar[Params] = {"mask_params": {"decay_factor": 1e9}}
     example: ClassVar[Params] = {"mask_params": Radial.example, "refresh": 3}
     untrainable: ClassVar[str] = "it adds what an earlier step left"
     density_params: ClassVar[tuple[str, ...]] = ("mask", "mask_params")
-    stays: ClassVar[str] = "refresh and ramp count steps"
+    stays: ClassVar[str] = "refresh and ramp are counted in steps"
 
     mask: str = "radial"
     mask_params: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Rettention(Method):
         """Check ranges, and the mask's params by the mask itself."""
         if self.mask not in METHODS:
             raise StrategyError(
-                f"mask must name a method that chooses blocks, got {self.mask!r}; try 'window'"
+                f"mask must be a method that chooses blocks, got {self.mask!r}; try 'window'"
             )
         try:
             inner = build_method(self.mask, self.mask_params)
@@ -164,7 +164,7 @@ class Rettention(Method):
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
         """Warn that the mask may keep another share."""
-        return ("its mask may keep another share",)
+        return ("its mask may keep another fraction",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Keep all where a refresh is due (None on the last step), else the mask's blocks."""
@@ -269,11 +269,11 @@ def _unfit(mask: Method) -> str:
     if mask.keeps_all:
         return "it keeps everything"
     if mask.at_start:
-        return "it searches by dense calls of its own; try 'pooled' or 'xattention'"
+        return "it searches with its own dense calls; try 'pooled' or 'xattention'"
     if mask.period is not None:
-        return "it refreshes by dense calls of its own; try 'pooled' or 'xattention'"
+        return "it refreshes with its own dense calls; try 'pooled' or 'xattention'"
     if mask.compensates:
-        return "it compensates by itself for what it drops, and so does the residual"
+        return "it already compensates for dropped keys, as the residual does"
     return ""
 
 

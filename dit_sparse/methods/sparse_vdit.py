@@ -90,7 +90,7 @@ class SparseVDiT(Method):
     """
 
     summary: ClassVar[str] = (
-        "static: one of five patterns in each head, from full to skip (Sparse-vDiT, 2506.03065)"
+        "static: one of five patterns per head, from full to skip (Sparse-vDiT, 2506.03065)"
     )
     static: ClassVar[bool] = True
     everything: ClassVar[Params] = {"patterns": "full"}
@@ -100,7 +100,8 @@ class SparseVDiT(Method):
         "quick": ("patterns=diagonal", "patterns=multi_diagonal"),
         "sparse-vdit": tuple(f"patterns={pattern}" for pattern in PATTERNS),
     }
-    stays: ClassVar[str] = "band densities are shares of pairs, stripes fractions of the video"
+    stays: ClassVar[str] = "band densities are fractions of pairs, and stripes are fractions of "
+    "the video"
 
     patterns: Pattern | tuple[Pattern, ...] = "diagonal"
     diagonal_density: float = 0.25
@@ -130,13 +131,13 @@ class SparseVDiT(Method):
             for span in spans:
                 if len(span) != 2 or not 0 <= span[0] < span[1] <= 1:
                     raise StrategyError(
-                        f"{name} must hold pairs [start, stop) of fractions, 0 <= start < stop <= "
-                        f"1, got {list(span)}; the first quarter is [0.0, 0.25]"
+                        f"{name} must contain pairs [start, stop) of fractions, 0 <= start < "
+                        f"stop <= 1, got {list(span)}; the first quarter is [0.0, 0.25]"
                     )
         if "vertical_stripe" in named and not self.stripes and not self.frame_stripes:
             raise StrategyError(
-                "vertical_stripe needs stripes or frame_stripes, both are empty; to keep no video "
-                "at all there is the pattern skip"
+                "vertical_stripe requires stripes or frame_stripes, but both are empty; to keep "
+                "no video tokens, use the pattern 'skip'"
             )
         check_block_size(self.block_size)
 

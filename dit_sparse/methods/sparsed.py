@@ -61,13 +61,14 @@ class SparseD(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: the heaviest blocks by exact softmax mass, searched once and reused "
+        "dynamic: blocks with the largest exact softmax mass, searched once and reused "
         "(SparseD, 2509.24014)"
     )
     example: ClassVar[Params] = {"density": 0.4, "search_step": 0.0, "block_size": 8}
     at_start: ClassVar[Params] = {"search_step": 0.0}
-    untrainable: ClassVar[str] = "its search is a dense call, and only later steps are sparse"
-    stays: ClassVar[str] = "density is a share of blocks, the search a fraction of the run"
+    untrainable: ClassVar[str] = "its search is a dense call, so only later steps are sparse"
+    stays: ClassVar[str] = "density is a fraction of blocks, and the search step a fraction of "
+    "the run"
 
     density: float = 0.3
     search_step: float = 0.2

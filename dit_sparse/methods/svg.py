@@ -83,11 +83,12 @@ class SVG(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: every head a band along frames or along patches, whichever sampled rows prefer "
-        "(SVG, 2502.01776)"
+        "dynamic: a spatial or temporal band per head, selected from sampled rows (SVG, "
+        "2502.01776)"
     )
     example: ClassVar[Params] = {"density": 0.4, "rows": 16, "sink": False, "block_size": 8}
-    stays: ClassVar[str] = "density is a share of pairs; as many rows judge"
+    stays: ClassVar[str] = "density is a fraction of pairs, and the number of sampled rows "
+    "stays the same"
 
     density: float = 0.3
     sink: bool = True
@@ -108,7 +109,7 @@ class SVG(Method):
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
         """Warn that the number of rows does not grow with the grid."""
-        return ("as many rows judge more tokens",)
+        return ("the same number of sampled rows represents more tokens",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:  # noqa: ARG002
         """Choose each head's band by sampled rows, or reuse the last choice."""

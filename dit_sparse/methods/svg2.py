@@ -80,8 +80,8 @@ class SVG2(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: k-means clusters of queries and keys, chosen by centroid (SVG2, 2505.18875), "
-        "means for the rest on request (SVG-EAR, 2603.08982)"
+        "dynamic: k-means clusters of queries and keys, selected by centroid (SVG2, "
+        "2505.18875), optional means for dropped clusters (SVG-EAR, 2603.08982)"
     )
     everything: ClassVar[Params] = {"top_p": 1.0}
     example: ClassVar[Params] = {
@@ -90,7 +90,7 @@ class SVG2(Method):
     cheap_planning: ClassVar[Params] = {"refresh": 4, "first_iterations": 10}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
     density_params: ClassVar[tuple[str, ...]] = ("top_p",)
-    stays: ClassVar[str] = "top_p and floor are shares"
+    stays: ClassVar[str] = "top_p and floor are fractions"
 
     query_clusters: int = 300
     key_clusters: int = 1000
@@ -134,7 +134,7 @@ class SVG2(Method):
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
         """Warn that the number of clusters changes."""
-        return ("clusters were counted anew in proportion to the tokens",)
+        return ("the number of clusters was scaled in proportion to the tokens",)
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:
         """Give the query and key clusters that are used for so many video tokens."""

@@ -62,15 +62,15 @@ class Window(Method):
     """
 
     summary: ClassVar[str] = (
-        "static window over a frame's raster order, the same in every frame "
-        "(Re-ttention's mask, 2505.22918)"
+        "static window in a frame's raster order, identical in all frames (Re-ttention's mask, "
+        "2505.22918)"
     )
     static: ClassVar[bool] = True
     everything: ClassVar[Params] = {"share": 2.0}
     example: ClassVar[Params] = {"share": 0.25, "block_size": 8}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
     density_params: ClassVar[tuple[str, ...]] = ("share",)
-    stays: ClassVar[str] = "share is a share of a frame's tokens"
+    stays: ClassVar[str] = "share is a fraction of a frame's tokens"
 
     share: float = 0.03125
     exact: bool = True

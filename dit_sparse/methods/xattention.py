@@ -69,15 +69,16 @@ class XAttention(Method):
     """
 
     summary: ClassVar[str] = (
-        "dynamic: the fewest blocks that hold a share of the antidiagonals' mass "
-        "(XAttention, 2503.16428)"
+        "dynamic: the fewest blocks that reach a share of the antidiagonal mass (XAttention, "
+        "2503.16428)"
     )
     everything: ClassVar[Params] = {"threshold": 1.0}
     example: ClassVar[Params] = {"threshold": 0.6, "stride": 4, "block_size": 8}
     cheap_planning: ClassVar[Params] = {"refresh": 4}
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"default": ("", "compensate=means")}
     density_params: ClassVar[tuple[str, ...]] = ("threshold",)
-    stays: ClassVar[str] = "threshold and floor are shares; runs are as long"
+    stays: ClassVar[str] = "threshold and floor are fractions, and antidiagonals keep their "
+    "length"
 
     threshold: float = 0.9
     stride: int = 8
@@ -108,7 +109,7 @@ class XAttention(Method):
 
     def drifts(self, old: LatentsGrid, new: LatentsGrid) -> tuple[str, ...]:  # noqa: ARG002
         """Warn that the threshold keeps another share."""
-        return ("its threshold keeps another share where attention spreads over more tokens",)
+        return ("its threshold keeps another fraction if attention spreads over more tokens",)
 
     def plan(self, call: AttentionCall, ops: Ops) -> BlockPlan | None:
         """Choose by antidiagonal mass, or reuse the last choice."""

@@ -83,10 +83,10 @@ ALL = f"{', '.join(sorted(FAMILIES))} and {len(MODELS)} more (dit-sparse methods
 def family_by_name(class_name: str) -> Family:
     """Look up the family of a transformer class by its exact name."""
     if class_name in DECLINED:
-        raise UnsupportedError(f"{class_name} cannot be served: {DECLINED[class_name]}")
+        raise UnsupportedError(f"{class_name} is not supported: {DECLINED[class_name]}")
     row = FAMILIES.get(class_name) or MODELS.get(class_name)
     if row is None:
-        raise UnsupportedError(f"no adapter for {class_name}; dit_sparse knows: {ALL}")
+        raise UnsupportedError(f"{class_name} is not supported; supported: {ALL}")
     file, _, symbol = row.partition(":")
     found: Family = getattr(import_module(f"dit_sparse.pipelines.{file}"), symbol)
     return found
@@ -126,6 +126,6 @@ def family_of(module: nn.Module) -> Family:
     name = known_class(model)
     family = family_by_name(name)
     if (reason := family.refuses(model.config)) is not None:
-        raise UnsupportedError(f"this {name} cannot be served: {reason}")
+        raise UnsupportedError(f"this {name} is not supported: {reason}")
     refuse_gates(model)
     return family

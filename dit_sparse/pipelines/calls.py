@@ -96,7 +96,7 @@ def _watched() -> str | None:
     for mode in torch.overrides._get_current_function_mode_stack():  # noqa: SLF001
         name = type(mode).__name__
         if name != "DeviceContext":  # torch.set_default_device, with torch.device(...)
-            return f"{name} stands over attention and answers the model's own call (guidance)"
+            return f"{name} replaces the result of this attention call (guidance)"
     return None
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dit_sparse.pipelines.caller import Caller
 
 UNKNOWN = (
-    "no step is known: enable on the pipeline, give scheduler=..., or call "
-    "handle.at(step, num_steps) before each pass, in the thread that runs it"
+    "the step is unknown; enable sparse attention on the pipeline, pass scheduler=..., or call "
+    "handle.at(step, num_steps) before each pass, in the same thread"
 )
 
 
@@ -79,9 +79,9 @@ class Clock:
             return None
         where = "a bare transformer" if self._pipe is None else type(self.pipe).__name__
         return (
-            f"another {type(caller.pipe).__name__} shares this transformer, with a scheduler of "
-            f"its own, and sparse attention is enabled on {where}: disable it there and enable it "
-            "on the other pipeline"
+            f"another {type(caller.pipe).__name__} shares this transformer but has its own "
+            f"scheduler, and sparse attention is enabled on {where}; disable it there and enable "
+            "it on the other pipeline"
         )
 
     def read(self, caller: Caller | None, timestep: Any, told: dict[str, Any]) -> Moment:
@@ -111,8 +111,8 @@ class Clock:
         num_steps = len(timesteps) if steps is None else int(steps)
         if not 0 <= step < num_steps:
             raise LookupError(
-                f"the scheduler stands at step {step} of {num_steps}: its run is over, so "
-                "another pipeline or loop runs this transformer; disable sparse attention here "
+                f"the scheduler is at step {step} of {num_steps}, so its run is over and another "
+                "pipeline or loop is running this transformer; disable sparse attention here "
                 "and enable it there"
             )
         name: str | None = told.get("name")
@@ -138,17 +138,17 @@ def _from_scheduler(scheduler: Any, timesteps: Tensor, seen: list[Any], *, trust
             break
     if not trusted and (found is None or index not in {None, found}):
         raise LookupError(
-            "the loop that runs this transformer is no pipeline's, and its timestep is not where "
-            "the scheduler of the pipeline that enabled sparse attention stands; enable on the "
-            "transformer, with scheduler=..."
+            "this transformer runs in a custom loop, and its timestep does not match the "
+            "scheduler of the pipeline on which sparse attention is enabled; enable it on the "
+            "transformer with scheduler=..."
         )
     if found is None:
         found = getattr(scheduler, "begin_index", None)
     if found is None:
         raise LookupError(
-            "neither the scheduler nor the timestep of this pass tells the step; call "
-            "scheduler.set_begin_index(0) before the loop, or handle.at(step, num_steps) before "
-            "each pass of a bare transformer"
+            "the step cannot be determined from the scheduler or the timestep of this pass; "
+            "call scheduler.set_begin_index(0) before the loop, or handle.at(step, num_steps) "
+            "before each pass of a bare transformer"
         )
     return found
 
@@ -195,14 +195,14 @@ def look_up(now: Any, timesteps: Tensor) -> int | None:
             alike |= _alike(value, known, 1000)
         if len(alike) > 1:
             raise LookupError(
-                f"the timestep {float(value):g} of this pass may be that of steps {min(alike)} "
-                f"and {max(alike)} of the schedule"
+                f"the timestep {float(value):g} of this pass matches several steps of the "
+                f"schedule, {min(alike)} to {max(alike)}"
             )
         places |= alike
     if len(places) > 1:
         raise LookupError(
-            f"one pass holds steps {min(places)} to {max(places)} (frames or samples with a time "
-            "each, as in diffusion forcing with ar_step > 0)"
+            f"one pass contains steps {min(places)} to {max(places)} (frames or samples with "
+            "individual timesteps, as in diffusion forcing with ar_step > 0)"
         )
     return places.pop() if places else None
 

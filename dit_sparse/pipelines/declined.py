@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformer classes of Diffusers that cannot be served, each with the reason in a sentence."""
 
-LINEAR = "its self-attention is linear: there is no map of scores to leave blocks out of"
+LINEAR = "its self-attention is linear, so there is no score matrix with blocks to skip"
 CROSS = (
-    "its picture tokens query picture and prompt at once: queries and keys are not one sequence"
+    "its image tokens attend to image and prompt together, so queries and keys are different "
+    "sequences"
 )
-CAUSAL = "parts of its sequence see only what stands before them, which no plan here can express"
-SOUND = "it makes sound: its tokens are one line, with no frames, rows and columns"
-OWN = "it computes block-sparse attention by itself, with FlexAttention's block mask"
+CAUSAL = "parts of its sequence are causal, which plans cannot express"
+SOUND = "it generates audio, so its tokens have no frames, rows and columns"
+OWN = "it already computes block-sparse attention, with a FlexAttention block mask"
 
 DECLINED: dict[str, str] = {
     "AceStepTransformer1DModel": SOUND,
     "AnyFlowFARTransformer3DModel": OWN,
     "Cosmos3OmniTransformer": CAUSAL,
-    "DreamLiteTransformer2DModel": "it is a part of a UNet, not the transformer of a pipeline",
-    "HunyuanVideoFramepackTransformer3DModel": "it packs frames of history before the video and "
-    "the prompt behind it, and only one of the two sides can be told from video here",
+    "DreamLiteTransformer2DModel": "it is part of a UNet, not the transformer of a pipeline",
+    "HunyuanVideoFramepackTransformer3DModel": "it places history frames before the video and "
+    "the prompt after it, and only one of the two can be separated from the video",
     "Kandinsky6SRTransformer3DModel": f"it was trained with NABLA: {OWN}",
     "LongCatAudioDiTTransformer": SOUND,
     "MiniMaxMusic3Transformer1DModel": SOUND,
@@ -23,7 +24,8 @@ DECLINED: dict[str, str] = {
     "OmniGenTransformer2DModel": CAUSAL,
     "PRXTransformer2DModel": CROSS,
     "QwenImage21Transformer2DModel": CAUSAL,
-    "RFD4ProteinaTransformer": "it makes proteins: its tokens are no frames, rows and columns",
+    "RFD4ProteinaTransformer": "it generates proteins, so its tokens have no frames, rows and "
+    "columns",
     "SanaTransformer2DModel": LINEAR,
     "SanaVideoTransformer3DModel": LINEAR,
     "SanaWMTransformer3DModel": LINEAR,

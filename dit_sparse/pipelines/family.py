@@ -55,7 +55,7 @@ def _as_it_is(_: Any) -> dict[str, Any]:
     return {}
 
 
-UNKNOWN = Unsized("nothing is known of its forward arguments")
+UNKNOWN = Unsized("its forward arguments are unknown")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ def heads_of(module: Any) -> int:
         if isinstance(found := getattr(module, name, None), int):
             return found
     raise UnsupportedError(
-        f"{type(module).__name__} does not say how many heads it has; this version of diffusers "
-        "may name them otherwise, please report it"
+        f"{type(module).__name__} has no attribute with its number of heads; this version of "
+        "diffusers may use another name, please report it"
     )
 
 
@@ -170,7 +170,7 @@ class Family:
         if not found:
             raise UnsupportedError(
                 f"{type(transformer).__name__} has no module that matches {self.attention!r}; "
-                "this version of diffusers may name them otherwise, please report it"
+                "this version of diffusers may use another name, please report it"
             )
         return found
 

@@ -43,5 +43,5 @@ FLUX = Family(
         "VisualClozePipeline",
         "VisualClozeGenerationPipeline",
     ),
-    note="passes with reference pictures (Kontext) stay dense",
+    note="passes with reference images (Kontext) stay dense",
 )

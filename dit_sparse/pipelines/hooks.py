@@ -116,9 +116,10 @@ class Before:
         if not torch.compiler.is_compiling() and kwargs is not None:
             if getattr(module, "_is_replica", False):
                 raise AttachError(
-                    f"{type(module).__name__}: DataParallel copied the model to several GPUs, but "
-                    "sparse attention serves one copy in a process: give DataParallel one GPU "
-                    "(device_ids=[0]), or start one process a GPU (docs/several-gpus.md)"
+                    f"{type(module).__name__}: DataParallel copied the model to several GPUs, "
+                    "but sparse attention supports one copy per process; use DataParallel with "
+                    "one GPU (device_ids=[0]), or start one process per GPU "
+                    "(docs/several-gpus.md)"
                 )
             self.root.settle(module)
             self.root.note(module, args, kwargs)

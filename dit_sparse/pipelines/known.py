@@ -83,6 +83,6 @@ def known_model(name: str) -> KnownModel:
     """Look up a published model; ``UnsupportedError`` lists the names."""
     if name not in KNOWN_MODELS:
         raise UnsupportedError(
-            f"no model is known as {name!r}; there are {', '.join(KNOWN_MODELS)}"
+            f"unknown model name {name!r}; known names: {', '.join(KNOWN_MODELS)}"
         )
     return KNOWN_MODELS[name]

@@ -13,7 +13,7 @@ from dit_sparse.pipelines.readers import Ids
 
 JOINT_AND_SINGLE = r"(single_)?transformer_blocks\.\d+\.attn"
 IMG_IDS = Ids("img_ids")
-REFERENCES = "passes with reference pictures stay dense"
+REFERENCES = "passes with reference images stay dense"
 
 
 CHROMA = Family(
@@ -26,8 +26,8 @@ CHROMA = Family(
     example=Example(FLUX_PARTS, pack=2),
     usual=Usual(num_steps=35),
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
-    note="its pipelines pass a mask of ones and zeros that diffusers adds to the scores: those "
-    "calls stay dense; a bool mask, or none, is served",
+    note="its pipelines pass a mask of ones and zeros that diffusers adds to the scores, and "
+    "such calls stay dense; calls with a bool mask or no mask are supported",
 )
 FLUX2 = Family(
     name="flux2",
@@ -50,7 +50,7 @@ FLUX2 = Family(
         "Flux2KleinInpaintPipeline",
         "Flux2KleinKVPipeline",
     ),
-    note=f"{REFERENCES}, cached (KV) or not",
+    note=f"{REFERENCES}, with or without KV cache",
 )
 FLUX3 = Family(
     name="flux3",
@@ -59,8 +59,8 @@ FLUX3 = Family(
     text_first=True,
     text_varies=True,  # the mode blocks hold the picture alone
     shape_inputs=("img_ids",),
-    example=Unsized("its prompt is as long as it is, up to 8192 tokens"),
-    note=f"run by its modular pipeline; {REFERENCES} in the single-stream layers",
+    example=Unsized("its prompt has a variable length of up to 8192 tokens"),
+    note=f"tested through its modular pipeline; {REFERENCES} in the single-stream layers",
 )
 BRIA = Family(
     name="bria",

@@ -41,7 +41,7 @@ SPLIT: dict[str, tuple[str, frozenset[str]]] = {
     "WanTransformer3DModel": ("blocks.0", _VIDEO),
 }
 _EXCHANGE = "_templated_context_parallel_attention"
-_INSTEAD = "or generate one video a GPU with 'accelerate launch' (docs/several-gpus.md)"
+_INSTEAD = "or generate one video per GPU with 'accelerate launch' (docs/several-gpus.md)"
 
 
 class Share(NamedTuple):
@@ -81,8 +81,8 @@ def remarks(strategy: Any) -> list[str]:
     """Say which rules of a strategy choose otherwise on several processes than on one."""
     found = {rule.method: tied for rule in strategy.rules if (tied := rule.instance.heads_tied)}
     return [
-        f"{strategy.name}: {method} chooses otherwise on several processes than on one: {why}; "
-        "each choice is as good, but the results differ by more than rounding"
+        f"{strategy.name}: {method} makes other choices on several processes than on one: {why}; "
+        "the choices are equally valid, but results differ by more than rounding"
         for method, why in found.items()
     ]
 
@@ -92,42 +92,42 @@ def _refusal(model: Any, heads: int, config: Any, cp_plan: Any) -> str | None:
     context = getattr(config, "context_parallel_config", config)
     if not hasattr(context, "ulysses_degree"):
         return (
-            "tensor parallelism, which splits heads without telling attention which it has; use "
-            "ContextParallelConfig(ulysses_degree=...)"
+            "tensor parallelism, because it splits heads and attention cannot know which ones "
+            "it has; use ContextParallelConfig(ulysses_degree=...)"
         )
     if context.ring_degree > 1:
         return (
-            f"ring attention (ring_degree={context.ring_degree}): a process sees a part of the "
-            "keys at a time, so it cannot choose among all of them; use "
+            f"ring attention (ring_degree={context.ring_degree}), because each process sees only "
+            "some of the keys at a time and cannot choose among all of them; use "
             "ContextParallelConfig(ulysses_degree=...) alone"
         )
     plan = getattr(model, "_cp_plan", None)
     if plan is None:
         return (
-            f"context parallelism, as diffusers {version} has no plan (_cp_plan) for this class "
-            "and with one of your own the order of its tokens is not defined; disable one of "
-            f"the two, {_INSTEAD}"
+            f"context parallelism, because diffusers {version} has no plan (_cp_plan) for this "
+            "class, and a custom plan does not define the token order; disable one of the two, "
+            f"{_INSTEAD}"
         )
     path, names = SPLIT.get(name, ("", frozenset()))
     if not names or not names.issubset(plan.get(path, {})):
         return (
-            f"context parallelism, as dit_sparse does not know in which order the plan of "
-            f"diffusers {version} puts its tokens; disable one of the two, {_INSTEAD}"
+            f"context parallelism, because the token order of the plan in diffusers {version} is "
+            f"unknown; disable one of the two, {_INSTEAD}"
         )
     if cp_plan not in (None, plan) or not _installed(model, plan):
         return (
-            "a context parallel plan of your own, which may put its tokens in any order; leave "
-            f"cp_plan out, {_INSTEAD}"
+            "a custom context parallel plan, because its token order is unknown; omit cp_plan, "
+            f"{_INSTEAD}"
         )
     if heads % context.ulysses_degree and not context.ulysses_anything:
         return (
-            f"ulysses_degree={context.ulysses_degree}, which does not divide its {heads} heads; "
-            "choose one that does, or add ulysses_anything=True"
+            f"ulysses_degree={context.ulysses_degree}, which does not divide the number of heads "
+            f"({heads}); choose a divisor, or add ulysses_anything=True"
         )
     if not hasattr(attention_dispatch, _EXCHANGE):
         return (
-            f"context parallelism with diffusers {version}, which has none or another than "
-            f"dit_sparse knows; disable one of the two, {_INSTEAD}"
+            f"context parallelism with diffusers {version}, whose implementation is missing or "
+            f"unknown to dit_sparse; disable one of the two, {_INSTEAD}"
         )
     return None
 

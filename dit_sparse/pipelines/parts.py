@@ -101,8 +101,9 @@ def hunyuan_image_latents(config: Any, asked: Asked) -> torch.Tensor:
     """Make a picture of the first stage."""
     if len(config.patch_size) != 2:
         raise UnsupportedError(
-            f"patch_size {config.patch_size}: HunyuanImage's refiner, which redoes a picture that "
-            "is there; the first model, with a patch of two numbers, can be counted"
+            f"patch_size {config.patch_size}: this is HunyuanImage's refiner, which refines an "
+            "existing image; only the base model, with a patch size of two numbers, can be "
+            "counted"
         )
     return empty(1, config.in_channels, asked.h, asked.w)
 

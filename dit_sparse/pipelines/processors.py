@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 SITE = "_dit_sparse_site"
 FUSED = (
-    "put diffusers.models.attention_processor.AttnProcessor2_0, which calls torch's fused "
-    "attention, in its place: transformer.set_attn_processor(AttnProcessor2_0())"
+    "use diffusers.models.attention_processor.AttnProcessor2_0 instead, which calls torch's "
+    "fused attention: transformer.set_attn_processor(AttnProcessor2_0())"
 )
 # What to do about the processors of diffusers that compute attention in another way.
 ADVICE = {
     "slice_size": "it computes attention in slices; call pipe.disable_attention_slicing()",
-    "get_attention_scores": f"it computes the whole map of scores; {FUSED}",
+    "get_attention_scores": f"it computes the full score matrix; {FUSED}",
     "xformers": f"it calls xFormers; {FUSED}",
 }
 
@@ -104,7 +104,7 @@ def _above(cls: Any) -> Any:
 def _refusal(cls: Any) -> str:
     """Say why a processor class cannot be derived, and what to do."""
     advice = next((ADVICE[name] for name in ADVICE if mentions(cls.__call__, name)), None)
-    return f"attention processor {cls.__name__} cannot be taken over: " + (
+    return f"attention processor {cls.__name__} is not supported: " + (
         advice
         or f"its __call__ calls neither {DISPATCH} nor F.{DIRECT}, and passes the call on to no "
         "class or object that does: call one of them there, or super().__call__(...), or a "

@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Find out whose pass it is and when; see ``run.Pass``."""
 
 
-UNPLACED = "the token grid of this pass is not known"
+UNPLACED = "the token grid of this pass is unknown"
 
 
 class _Here(threading.local):
@@ -92,8 +92,8 @@ class Site:
         engine = self._engine()
         if engine is None:
             raise AttachError(
-                f"{self.path}: the pipeline that enabled sparse attention is gone, but its "
-                "transformer is still used (from_pipe shares it); call "
+                f"{self.path}: the pipeline on which sparse attention was enabled no longer "
+                "exists, but its transformer is still in use (from_pipe shares it); call "
                 "dit_sparse.disable(transformer), then enable it on the new pipeline"
             )
         return engine
@@ -197,7 +197,7 @@ def _compute_share(
     """Compute a call whose tokens stand on several processes; see ``parallel.exchange``."""
     run = site.engine.attention
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        HERE.declined = "gradients are asked for under context parallelism; run under no_grad()"
+        HERE.declined = "gradients are required under context parallelism; use torch.no_grad()"
         try:
             return run(site, query, key, value, mask, shape, scale, dense)
         finally:

@@ -86,11 +86,13 @@ def model_size(
         raise UnsupportedError(f"{name}: cannot be counted without data: {family.example.reason}")
     spatial, temporal = compression(vae, family)
     if num_frames > 1 and family.usual.num_frames == 1:
-        raise UnsupportedError(f"{name} makes pictures: 1 frame was wanted, got {num_frames}")
+        raise UnsupportedError(
+            f"{name} generates images, so the number of frames must be 1, got {num_frames}"
+        )
     if height % spatial or width % spatial or (num_frames - 1) % temporal:
         raise UnsupportedError(
-            f"{name}: {height} x {width} pixels x {num_frames} frames does not make whole "
-            f"latents: height and width must be multiples of {spatial}, frames 1 more than a "
+            f"{name}: {height} x {width} pixels x {num_frames} frames does not match the latent "
+            f"grid: height and width must be multiples of {spatial}, and frames one more than a "
             f"multiple of {temporal}"
         )
     latents = ((num_frames - 1) // temporal + 1, height // spatial, width // spatial)
@@ -110,7 +112,9 @@ def model_size(
     except UnsupportedError as error:
         raise UnsupportedError(f"{name}: {error}") from error
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UnsupportedError(f"{name}: cannot be sized from this config: {error}") from error
+        raise UnsupportedError(
+            f"{name}: tokens cannot be counted with this config: {error}"
+        ) from error
     grid = _checked(shape, attended, family, name)
     attention = sum(4.0 * b * h * q * k * width for b, h, q, k, width in attended.calls)
     return ModelSize(
@@ -131,7 +135,7 @@ def _build(cls: Any, config: Mapping[str, Any], family: Family) -> Any:
     with torch.device("meta"):
         model = cls.from_config(dict(config))
         if (reason := family.refuses(model.config)) is not None:
-            raise UnsupportedError(f"this checkpoint cannot be served: {reason}")
+            raise UnsupportedError(f"this checkpoint is not supported: {reason}")
         if changed := family.stands_in(model.config):
             model = cls.from_config({**model.config, **changed})
     model.requires_grad_(False)
@@ -152,7 +156,7 @@ def _checked(shape: Shape | None, attended: Attended, family: Family, name: str)
             return grid
     raise UnsupportedError(
         f"{name}: its token grid is {grid}, and its attention was called with "
-        f"{sorted(lengths) or 'no'} tokens; this version of diffusers may call it otherwise, "
+        f"{sorted(lengths) or 'no'} tokens; this version of diffusers may call it differently, "
         "please report it"
     )
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dit_sparse.pipelines.family import Family
 
 PIPELINES = "pipelines, every method"
-PIPELINE = "its transformer, and a pipeline"
+PIPELINE = "its transformer and a pipeline"
 MODEL = "its transformer"
 # Classes of MODELS that were run in a pipeline too (tests/models/pipes.py).
 PIPED = frozenset(
@@ -128,9 +128,9 @@ def markdown(found: list[Row]) -> str:
         [
             "class",
             "pipelines",
-            "attention taken over",
+            "attention replaced",
             "text",
-            "grid read from",
+            "grid source",
             "forecast at",
             "tried with",
         ],
@@ -149,7 +149,7 @@ def markdown(found: list[Row]) -> str:
         ),
     ]
     declined = [
-        ["class", "why it is declined"],
+        ["class", "reason"],
         *([f"`{row.class_name}`", row.reason] for row in found if not row.served),
     ]
     return f"{_table(served)}\n{_table(declined)}"
@@ -158,17 +158,22 @@ def markdown(found: list[Row]) -> str:
 def short_markdown(found: list[Row]) -> str:
     """Render one short Markdown table: classes by where their text stands, and the declined."""
     places = {
-        "none": "video or picture alone",
-        "last": "video or picture, then text",
-        "first": "text, then video or picture",
+        "none": "video or image only",
+        "last": "video or image, then text",
+        "first": "text, then video or image",
     }
     lines = [
-        ["main attention holds", "classes, without `Transformer2DModel`, `Transformer3DModel`"]
+        [
+            "tokens of the main attention",
+            "classes, without the suffix `Transformer2DModel` or `Transformer3DModel`",
+        ]
     ]
     for place, words in places.items():
         named = (row for row in found if row.served and row.text.split(" ")[0] == place)
         lines.append([words, _names(named)])
-    lines.append(["declined, with the reason", _names(row for row in found if not row.served)])
+    lines.append(
+        ["declined (reasons in the models page)", _names(row for row in found if not row.served)]
+    )
     return _table(lines)
 
 

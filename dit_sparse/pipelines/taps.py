@@ -89,9 +89,9 @@ class ParallelTap(_Tap):
         outermost = self._root.unwrap(module)
         if not outermost and self._root.family.shape_inputs:
             raise AttachError(
-                f"{type(module).__name__}: something wraps its forward since sparse attention was "
-                "enabled, so enable_parallelism must come first: disable sparse attention, enable "
-                "parallelism, and enable sparse attention again"
+                f"{type(module).__name__}: its forward was wrapped after sparse attention was "
+                "enabled, so enable_parallelism must come first; disable sparse attention, "
+                "enable parallelism, then enable sparse attention again"
             )
         try:
             type(module).enable_parallelism(module, config=config, cp_plan=cp_plan)

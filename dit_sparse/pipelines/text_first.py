@@ -186,9 +186,9 @@ GLM_IMAGE = Family(
     attention=ATTN1,
     shape=PICTURE,
     text_first=True,
-    example=Unsized("only the words in quotation marks of a prompt stand before its picture"),
+    example=Unsized("only quoted words of the prompt precede its image"),
     pipelines=("GlmImagePipeline",),
-    note="edits with cached keys of reference pictures stay dense",
+    note="edits with cached keys of reference images stay dense",
 )
 AURAFLOW = Family(
     name="auraflow",
@@ -225,7 +225,8 @@ LUMINA2 = Family(
     text_tokens=256,
     usual=Usual(num_steps=30),
     pipelines=("Lumina2Pipeline",),
-    note="a batch of prompts of several lengths stays dense: its pictures do not start together",
+    note="a batch of prompts with different lengths stays dense, because its images start at "
+    "different positions",
 )
 BRIA_FIBO2 = Family(
     name="bria_fibo2",
@@ -243,14 +244,14 @@ BRIA_FIBO2 = Family(
     text_tokens=2048,
     usual=Usual(num_steps=30),
     pipelines=("BriaFibo2Pipeline",),
-    note="reference pictures, and batches of prompts of several lengths, stay dense",
+    note="reference images and batches of prompts with different lengths stay dense",
 )
 HELIOS = Family(
     name="helios",
     attention=r"blocks\.\d+\.attn1",
     shape=helios,
     text_first=True,
-    example=Unsized("it makes a video chunk by chunk, each after a history of its own length"),
+    example=Unsized("it generates a video in chunks, each after a history of a different length"),
     usual=Usual(384, 640, 132),
     pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
 )
@@ -282,7 +283,7 @@ QWEN_IMAGE = Family(
         "QwenImageEditInpaintPipeline",
         "QwenImageLayeredPipeline",
     ),
-    note="reference pictures of another size than the output stay dense",
+    note="reference images of another size than the output stay dense",
 )
 IDEOGRAM4 = Family(
     name="ideogram4",
@@ -296,8 +297,8 @@ IDEOGRAM4 = Family(
     text_tokens=2048,
     usual=Usual(2048, 2048, num_steps=48),
     pipelines=("Ideogram4Pipeline",),
-    note="its pipeline's second transformer, for the picture without a prompt, is left alone: "
-    "enable it by itself, with scheduler=",
+    note="its pipeline's second transformer, for the unconditional image, is not replaced; "
+    "enable it separately, with scheduler=",
 )
 MINIMAX_H3 = Family(
     name="minimax_h3",
@@ -305,7 +306,7 @@ MINIMAX_H3 = Family(
     shape=minimax_h3,
     text_first=True,
     shape_inputs=("position_ids", "video_indices"),
-    example=Unsized("keyframes and sound stand before its video, as many as the caller gives"),
+    example=Unsized("a variable number of keyframes and audio tokens precedes its video"),
     usual=Usual(512, 768, 121),
-    note="run by its modular pipeline; the prompt's refiner is left alone",
+    note="tested through its modular pipeline; the prompt refiner is not replaced",
 )

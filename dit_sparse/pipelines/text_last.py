@@ -137,7 +137,7 @@ HIDREAM = Family(
     shape=hidream,
     timestep="timesteps",
     batched_cfg=True,
-    example=Unsized("which of its experts compute a token depends on what the token holds"),
+    example=Unsized("the experts that compute a token depend on its content"),
     pipelines=("HiDreamImagePipeline",),
 )
 ERNIE_IMAGE = Family(
@@ -146,7 +146,7 @@ ERNIE_IMAGE = Family(
     shape=Latents(("bchw",), text=("text_bth",)),
     text_padding=True,
     batched_cfg=True,
-    example=Unsized("its prompt is as long as it is, with neither padding nor an end"),
+    example=Unsized("its prompt has a variable length, without padding or a limit"),
     pipelines=("ErnieImagePipeline",),
 )
 Z_IMAGE = Family(
@@ -171,7 +171,7 @@ Z_IMAGE = Family(
         "ZImageControlNetInpaintPipeline",
         "ZImageOmniPipeline",
     ),
-    note="passes with reference pictures (ZImageOmniPipeline) stay dense",
+    note="passes with reference images (ZImageOmniPipeline) stay dense",
 )
 MOTIF_VIDEO = Family(
     name="motif_video",
@@ -188,13 +188,13 @@ MOTIF_VIDEO = Family(
     ),
     usual=Usual(736, 1280, 121),
     pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
-    note="decoder layers, which see the video twice, stay dense",
+    note="decoder layers, which receive the video twice, stay dense",
 )
 JOYIMAGE_EDIT = Family(
     name="joyimage_edit",
     attention=r"double_blocks\.\d+\.attn",
     shape=Latents(("bcthw", "bncthw"), text=ENCODER),
-    example=Unsized("its prompt holds the picture that is edited, which has a size of its own"),
+    example=Unsized("its prompt contains the edited image, which has its own size"),
     usual=Usual(num_steps=40),
     pipelines=("JoyImageEditPipeline",),
 )
@@ -204,10 +204,8 @@ JOYIMAGE_EDIT_PLUS = Family(
     shape=Listed("shape_list"),
     text_padding=True,
     batched_cfg=True,
-    example=Unsized(
-        "its prompt holds the pictures that are edited, which have sizes of their own"
-    ),
+    example=Unsized("its prompt contains the edited images, which have their own sizes"),
     usual=Usual(num_steps=30),
     pipelines=("JoyImageEditPlusPipeline",),
-    note="pictures of several sizes in one pass stay dense",
+    note="images of different sizes in one pass stay dense",
 )

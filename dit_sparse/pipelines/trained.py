@@ -28,8 +28,8 @@ def refuse_gates(model: nn.Module) -> None:
     for path, _ in model.named_parameters():
         if VSA_GATE in path:
             raise UnsupportedError(
-                f"{type(model).__name__} was trained with Video Sparse Attention and computes it "
-                f"by itself ({path}): use it as it is, without dit_sparse"
+                f"{type(model).__name__} was trained with Video Sparse Attention and already "
+                f"computes it ({path}); use it without dit_sparse"
             )
 
 
@@ -41,7 +41,8 @@ def trained_sparse(model: nn.Module) -> str | None:
     if found is None:
         return None
     return (
-        f"{found[0]!r} in this checkpoint's name ({name}) says that it was trained with Video "
-        "Sparse Attention, whose gates diffusers drops: it runs dense attention, for which it was "
-        "not trained, and no strategy was measured on it; compare with dense, or use FastVideo"
+        f"{found[0]!r} in this checkpoint's name ({name}) indicates that it was trained with "
+        "Video Sparse Attention. Diffusers drops the gates of this method, so the model runs "
+        "dense attention, for which it was not trained, and no strategy was measured on it; "
+        "compare with dense, or use FastVideo"
     )

@@ -45,7 +45,7 @@ def _frame_blocks(config: Any) -> str | None:
     frames = config.num_frame_per_block
     if frames <= 1:
         return None
-    return f"it masks what comes later, {frames} frames at a time (num_frame_per_block)"
+    return f"it masks future frames, {frames} frames at a time (num_frame_per_block)"
 
 
 def _nabla(config: Any) -> str | None:
@@ -53,8 +53,8 @@ def _nabla(config: Any) -> str | None:
     if config.attention_type != "nabla":
         return None
     return (
-        "it was trained with NABLA and computes that block-sparse attention by itself "
-        '(attention_type "nabla"): it is sparse already'
+        "it was trained with NABLA and already computes this block-sparse attention "
+        '(attention_type "nabla")'
     )
 
 
@@ -72,9 +72,7 @@ WAN_ANIMATE = Family(
     attention=BLOCKS,
     shape=VIDEO,
     text_free=True,
-    example=Unsized(
-        "it follows a driving video segment by segment, whose length and faces are inputs"
-    ),
+    example=Unsized("it follows a driving video in segments, whose length and faces are inputs"),
     usual=Usual(720, 1280, 77, 20),
     pipelines=("WanAnimatePipeline",),
 )
@@ -102,7 +100,7 @@ SKYREELS_V2 = Family(
         "SkyReelsV2DiffusionForcingImageToVideoPipeline",
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
     ),
-    note="its diffusion-forcing pipelines, with a clock for each frame, were not run",
+    note="its diffusion-forcing pipelines, with a timestep per frame, were not tested",
 )
 ANYFLOW = Family(
     name="anyflow",
@@ -144,7 +142,7 @@ LTX = Family(
         "LTXConditionPipeline",
         "LTXI2VLongMultiPromptPipeline",
     ),
-    note="passes with coordinates instead of a size (conditions on frames) stay dense",
+    note="passes with coordinates instead of a size (frame conditions) stay dense",
 )
 LTX2 = Family(
     name="ltx2",
@@ -164,8 +162,8 @@ LTX2 = Family(
         "LTX2DFRPipeline",
         "LTX2DFRTemporalRefinePipeline",
     ),
-    note="spatio-temporal and modality guidance run sparse too; the sound's attention is left "
-    "alone; passes with a mask or reference tokens stay dense",
+    note="spatio-temporal and modality guidance are also sparse; audio attention is not "
+    "replaced; passes with a mask or reference tokens stay dense",
 )
 COSMOS = Family(
     name="cosmos",
@@ -226,7 +224,8 @@ LATTE = Family(
     compression=(8, 1),
     usual=Usual(512, 512, 16),
     pipelines=("LattePipeline",),
-    note="each frame attends by itself; attention along time, over a few tokens, is left alone",
+    note="each frame is attended separately; temporal attention, over a few tokens, is not "
+    "replaced",
 )
 KANDINSKY5 = Family(
     name="kandinsky5",
@@ -269,7 +268,7 @@ KANDINSKY6 = Family(
     text_tokens=1024,
     usual=Usual(512, 768, 121),
     pipelines=("Kandinsky6TI2VAPipeline",),
-    note="the sound's attention is left alone",
+    note="audio attention is not replaced",
 )
 HUNYUAN_DIT = Family(
     name="hunyuan_dit",

@@ -101,7 +101,7 @@ def _consistency(model: Model) -> Callable[[Needs], Meter | str]:
     def make(needs: Needs) -> Meter | str:
         folder = needs.features.get(model)
         if folder is None:
-            return f"no feature model given; name its folder with --features {model}=FOLDER"
+            return f"no feature model given; use --features {model}=FOLDER"
         extract = consistency.load_extractor(model, folder, needs.device)
         name = f"consistency.{model}"
         return consistency.Consistency(name, consistency.TEXTS[model], extract, str(folder))
@@ -202,10 +202,14 @@ def chosen(
     known = list(kinds())
     for name in names:
         if name not in {*known, "all"}:
-            raise QualityInputError(f"metric {name!r:.100} is not one of: all, {', '.join(known)}")
+            raise QualityInputError(
+                f"metric {name!r:.100} is unknown; available metrics: all, {', '.join(known)}"
+            )
     for each in sets:
         if each not in COMPAT:
-            raise QualityInputError(f"compat {each!r:.100} is not one of: {', '.join(COMPAT)}")
+            raise QualityInputError(
+                f"compat {each!r:.100} is unknown; available: {', '.join(COMPAT)}"
+            )
         names += COMPAT[each]
     wanted = set(known) if "all" in names else set(names)
     return tuple(name for name in known if name in wanted)
@@ -251,11 +255,11 @@ def now_there(names: Iterable[str]) -> bool:
 def _inapplicable(family: Family, needs: Needs) -> str | None:
     if needs.frames < family.least_frames:
         least = family.least_frames
-        return f"needs {least} frames, the clips have {needs.frames}"
+        return f"requires at least {least} frames, but the clips have {needs.frames}"
     if min(needs.height, needs.width) < family.least_side:
         return (
-            f"frames of {needs.width} x {needs.height} are too small: {family.least_side} pixels "
-            "on a side are needed"
+            f"frames of {needs.width} x {needs.height} are too small: each side must have at "
+            f"least {family.least_side} pixels"
         )
     return None
 

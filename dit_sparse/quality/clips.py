@@ -34,9 +34,9 @@ VIDEOS = {".mp4", ".mkv", ".gif", ".mov", ".webm", ".avi", ".m4v"}
 MAX_UNPACKED = 4 * 2**30  # bytes of an .npz's array: 20 s of 720p video in float32
 SLACK = 1e-3  # a float this far outside [0, 1] is rounding, and clipped
 WANTED = (
-    "a clip is an array or tensor [frames, height, width, 3] (or [frames, 3, height, width]), "
-    "uint8 or float in [0, 1]; a list of pictures; a video file; an image; a folder of images; "
-    "an .npy or .npz file"
+    "a clip must be an array or tensor [frames, height, width, 3] (or [frames, 3, height, "
+    "width]), uint8 or float in [0, 1]; a list of images; a video file; an image; a folder of "
+    "images; an .npy or .npz file"
 )
 
 
@@ -115,7 +115,7 @@ def _from_path(path: Path, fps: float | None) -> Clip:
     if path.is_dir():
         return _from_folder(path, fps)
     if not path.is_file():
-        raise QualityInputError(f"{path}: no such file or folder")
+        raise QualityInputError(f"{path}: file or folder not found")
     if ending in PICTURES:
         lossy = ending in LOSSY_PICTURES
         return _from_pictures([path], name, fps, "lossy" if lossy else "lossless", file_hash(path))
@@ -125,7 +125,7 @@ def _from_path(path: Path, fps: float | None) -> Clip:
         return Clip(**{**vars(clip), "kind": "lossless", "sha256": file_hash(path)})
     if ending not in VIDEOS:
         known = " ".join(sorted(VIDEOS | PICTURES | {".npy", ".npz"}))
-        raise QualityInputError(f"{path}: not a file type that is read here: {known}")
+        raise QualityInputError(f"{path}: unsupported file type; supported: {known}")
     video = check_video(path)
     kind: Literal["lossless", "lossy"] = "lossless" if video.exact else "lossy"
     return Clip(
@@ -145,8 +145,8 @@ def _from_folder(folder: Path, fps: float | None) -> Clip:
     paths = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file()]
     if not paths:
         raise QualityInputError(
-            f"{folder}: has no images ({' '.join(sorted(PICTURES))}); name a video file, or the "
-            "folder that holds the frames"
+            f"{folder}: has no images ({' '.join(sorted(PICTURES))}); give a video file, or the "
+            "folder that contains the frames"
         )
     endings = {path.suffix.lower() for path in paths}
     kind: Literal["lossless", "lossy"] = "lossy" if endings & LOSSY_PICTURES else "lossless"
@@ -168,7 +168,7 @@ def _from_pictures(
                 return _frame_array(picture, str(path))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             # Pillow says SyntaxError of a broken PNG.
-            raise QualityInputError(f"{path}: not a picture that can be read: {error}") from error
+            raise QualityInputError(f"{path}: not a readable image: {error}") from error
 
     sizes = {path: load(path).shape[:2] for path in paths}  # decodes each: damage is found here
     (height, width), first = sizes[paths[0]], paths[0]
@@ -176,7 +176,7 @@ def _from_pictures(
         if size != (height, width):
             raise QualityInputError(
                 f"{path}: is {size[1]} x {size[0]}, {first.name} is {width} x {height}; all "
-                "frames of a clip have one size"
+                "frames of a clip must have the same size"
             )
     endings = ", ".join(sorted({path.suffix.lower()[1:] for path in paths}))
 
@@ -193,7 +193,7 @@ def _from_frames(frames: list[Frame], name: str, fps: float | None, detail: str)
         if frame.shape != (height, width, 3):
             raise QualityInputError(
                 f"{name}: frame {number} is {frame.shape[1]} x {frame.shape[0]}, frame 0 is "
-                f"{width} x {height}; all frames of a clip have one size"
+                f"{width} x {height}; all frames of a clip must have the same size"
             )
     return Clip(
         name, len(frames), height, width, fps, "arrays", detail, None, lambda: iter(frames)
@@ -233,14 +233,14 @@ def _check_values(array: NDArray[Any], name: str) -> None:
     if any(bad):
         first = next(i for i, count in enumerate(bad) if count)
         raise QualityInputError(
-            f"{name}: {sum(bad)} values are NaN or infinite, the first in frame {first}; no "
-            "picture was made there: look for the cause in the model or in a kernel"
+            f"{name}: {sum(bad)} values are NaN or infinite, the first in frame {first}; these "
+            "are not valid pixels, so look for the cause in the model or in a kernel"
         )
     low, high = float(min(map(np.min, array))), float(max(map(np.max, array)))
     if low < -SLACK or high > 1 + SLACK:
         raise QualityInputError(
-            f"{name}: float values must lie in [0, 1], these are in [{low:.4g}, {high:.4g}]; "
-            "divide by 255, or map [-1, 1] by (x + 1) / 2"
+            f"{name}: float values must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]; "
+            "divide by 255, or map from [-1, 1] with (x + 1) / 2"
         )
 
 
@@ -257,9 +257,11 @@ def _frame_array(item: Any, name: str) -> Frame:
 
     if isinstance(item, Image.Image):
         if item.mode not in {"RGB", "L", "P", "RGBA", "1"}:
-            raise QualityInputError(f"{name}: 8-bit RGB was wanted, this is mode {item.mode}")
+            raise QualityInputError(f"{name}: must be 8-bit RGB, got mode {item.mode}")
         if item.mode == "RGBA" and np.asarray(item.getchannel("A")).min() < 255:
-            raise QualityInputError(f"{name}: is partly transparent; lay it on a background first")
+            raise QualityInputError(
+                f"{name}: is partly transparent; composite it onto a background first"
+            )
         return np.asarray(item.convert("RGB"))
     clip = open_clip(item if isinstance(item, np.ndarray | torch.Tensor) else None, name)
     return next(clip.read())
@@ -279,7 +281,7 @@ def _load_numpy(path: Path) -> NDArray[Any]:
             return array
     except Exception as error:  # zip, header and pickle errors of many kinds
         raise QualityInputError(
-            f"{path}: not readable as numpy's format, one array, or one called frames: {error}"
+            f"{path}: must be a NumPy file with one array, or with an array named frames: {error}"
         ) from error
 
 
@@ -297,10 +299,10 @@ def _check_unpacked(archive: zipfile.ZipFile, name: str) -> None:
     if max(asked, size) > MAX_UNPACKED:
         raise ValueError(
             f"{name} unpacks to {max(asked, size) / 2**30:,.1f} GiB, at most "
-            f"{MAX_UNPACKED / 2**30:g} GiB are read; save it as .npy, which is read in place"
+            f"{MAX_UNPACKED / 2**30:g} GiB are allowed; save it as .npy, which is memory-mapped"
         )
     if asked > size:
-        raise ValueError(f"{name} says it holds {asked:,} bytes, it has {size:,}")
+        raise ValueError(f"{name} declares {asked:,} bytes, but contains {size:,}")
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

@@ -174,14 +174,14 @@ def _fit(
     if (one.height, one.width) != (other.height, other.width):
         raise QualityInputError(
             f"{one.name} is {one.width} x {one.height}, {other.name} is {other.width} x "
-            f"{other.height}; frames are never rescaled: generate both at one size"
+            f"{other.height}; frames are never rescaled, so generate both at the same size"
         )
     total = min(one.frames, other.frames)
     if one.frames != other.frames:
         if align != "first":
             raise QualityInputError(
                 f"{one.name} has {one.frames} frames, {other.name} has {other.frames}; generate "
-                f"both with one length, or compare the first {total} with --align first "
+                f"both with the same length, or compare the first {total} with --align first "
                 '(align="first")'
             )
         notes.append(
@@ -190,8 +190,8 @@ def _fit(
         )
     if one.fps is not None and other.fps is not None and abs(one.fps - other.fps) > 0.02:
         notes.append(
-            f"The clips play at {one.fps:g} and {other.fps:g} frames per second; frame was "
-            "compared with frame of the same number."
+            f"The clips play at {one.fps:g} and {other.fps:g} frames per second; frames with the "
+            "same number were compared."
         )
     if max_frames is not None and max_frames < total:
         notes.append(f"Only the first {max_frames} of {total} frames were compared.")
@@ -200,7 +200,8 @@ def _fit(
     if pixels > LARGE and not allow_large:
         raise QualityInputError(
             f"{one.name}: {pixels / 1e9:.1f} gigapixels to compare, more than {LARGE / 1e9:.0f}; "
-            "add --yes (allow_large=True) if that is meant, or --max-frames"
+            "add --yes (allow_large=True) to compare them anyway, or limit them with "
+            "--max-frames"
         )
     return total, notes
 
@@ -254,11 +255,13 @@ def _remarks(
     lossy = [clip.name for clip in (one, other) if clip.kind == "lossy"]
     if lossy:
         notes.append(
-            f"Measured on lossy files ({', '.join(lossy)}): PSNR values above "
-            f"{TRUSTED_LOSSY:g} dB are not trustworthy. Store lossless ones with record()."
+            f"Measured on lossy files ({', '.join(lossy)}): PSNR values above {TRUSTED_LOSSY:g} "
+            "dB are not trustworthy. Save lossless clips with record()."
         )
     if every > 1:
-        notes.append(f"Costly rows look at every {every}th frame, from frame 0 on.")
+        notes.append(
+            f"Expensive metrics were computed on every {every}th frame, starting with frame 0."
+        )
     return notes
 
 
@@ -266,7 +269,8 @@ def _latent(dense: Tensor, sparse: Tensor) -> Scores:
     """Give the relative distance of latents."""
     if dense.shape != sparse.shape:
         raise QualityInputError(
-            f"latents differ in shape: dense {tuple(dense.shape)}, sparse {tuple(sparse.shape)}"
+            f"latents must have the same shape: dense {tuple(dense.shape)}, sparse "
+            f"{tuple(sparse.shape)}"
         )
     one, other = dense.detach().double().cpu(), sparse.detach().double().cpu()
     for name, each in (("dense", one), ("sparse", other)):
@@ -275,7 +279,7 @@ def _latent(dense: Tensor, sparse: Tensor) -> Scores:
             raise QualityInputError(f"{bad} values of the {name} latents are NaN or infinite")
     size = float(torch.linalg.vector_norm(one))
     if size == 0:
-        reason = "the dense latents are all 0"
+        reason = "the dense latents are all zero"
         return Scores("latent_rel_l2", LATENT, "", None, reason=reason, better="lower")
     value = float(torch.linalg.vector_norm(other - one)) / size
     return Scores("latent_rel_l2", LATENT, "", value, better="lower")

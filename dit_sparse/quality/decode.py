@@ -84,8 +84,9 @@ class VideoFile:
             log.seek(0)
             if code != 0 or number != self.frames:
                 raise QualityInputError(
-                    f"{self.path}: gave {number} frames, {self.frames} when it was checked: "
-                    f"{_cause(log.read().decode(errors='replace'))}; was it changed meanwhile?"
+                    f"{self.path}: gave {number} frames, {self.frames} when it was first "
+                    f"checked: {_cause(log.read().decode(errors='replace'))}; was the file "
+                    "changed in the meantime?"
                 )
 
 
@@ -97,7 +98,7 @@ def ffmpeg() -> str:
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
         raise QualityInputError(
-            f"no ffmpeg to read and write videos: {error}; pip install imageio-ffmpeg"
+            f"ffmpeg is required to read and write videos: {error}; pip install imageio-ffmpeg"
         ) from error
 
 
@@ -108,7 +109,7 @@ def check_video(path: Path, timeout: float = TIMEOUT) -> VideoFile:
         QualityInputError: It is empty, no video, damaged or cut off, or takes too long.
     """
     if path.stat().st_size == 0:
-        raise QualityInputError(f"{path}: is empty; a video was wanted")
+        raise QualityInputError(f"{path}: is empty; give a video file")
     command = [ffmpeg(), "-hide_banner", "-nostats", "-nostdin", *_STRICT, "-i", _url(path)]
     command += ["-map", "0:v:0", "-fps_mode", "passthrough", "-progress", "pipe:1"]
     command += ["-f", "null", "-"]
@@ -116,7 +117,7 @@ def check_video(path: Path, timeout: float = TIMEOUT) -> VideoFile:
         done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)  # noqa: S603  (a list, no shell)
     except subprocess.TimeoutExpired as error:
         raise QualityInputError(
-            f"{path}: not decoded within {timeout:.0f} s; is it a video of a sane length?"
+            f"{path}: not decoded within {timeout:.0f} s; check the length of the video"
         ) from error
     said, progress = (text.decode(errors="replace") for text in (done.stderr, done.stdout))
     stream = _STREAM.search(said.split("Stream mapping:")[0])
@@ -131,8 +132,8 @@ def check_video(path: Path, timeout: float = TIMEOUT) -> VideoFile:
     fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else None
     if done.returncode != 0 or size is None or frames == 0:
         raise QualityInputError(
-            f"{path}: damaged or cut off after {frames} whole frames: {_cause(said)}; make it "
-            "again, or copy it again"
+            f"{path}: damaged or truncated after {frames} complete frames: {_cause(said)}; "
+            "create or copy it again"
         )
     _whole(path, said, frames, fps)
     inside = stream["rest"].split("\n")[0]
@@ -152,8 +153,8 @@ def _whole(path: Path, said: str, frames: int, fps: float | None) -> None:
     stated = (3600 * hours + 60 * minutes + seconds) * fps
     if stated - frames > max(2.0, 0.05 * stated):
         raise QualityInputError(
-            f"{path}: cut off: {frames} frames were found, its header states about {stated:.0f}; "
-            "make it again, or copy it again"
+            f"{path}: truncated: {frames} frames found, but its header declares about "
+            f"{stated:.0f}; create or copy it again"
         )
 
 
@@ -164,7 +165,7 @@ def _url(path: Path) -> str:
 
 def _cause(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    told = [line for line in lines if not _NOISE.search(line)] or lines or ["it said nothing"]
+    told = [line for line in lines if not _NOISE.search(line)] or lines or ["no error message"]
     chosen = [line for line in told if _TELLING.search(line)]
     return re.sub(r"^\[[^\]]*\] ", "", chosen[0] if chosen else told[-1])[:300]
 

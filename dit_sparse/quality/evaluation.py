@@ -116,13 +116,14 @@ def _recorded(path: Path) -> dict[str, Any]:
         before = load_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise QualityInputError(
-            f"{path}: cannot be read: {error}; add --fresh to drop this evaluation's clips and "
-            "start again, or name another folder with -o"
+            f"{path}: cannot be read: {error}; add --fresh to delete the clips of this "
+            "evaluation and start again, or choose another folder with -o"
         ) from error
     if not isinstance(before, dict):
         raise QualityInputError(
-            f"{path}: wanted a JSON object, got {type(before).__name__}; add --fresh to drop this "
-            "evaluation's clips and start again, or name another folder with -o"
+            f"{path}: must contain a JSON object, got {type(before).__name__}; add --fresh to "
+            "delete the clips of this evaluation and start again, or choose another folder with "
+            "-o"
         )
     return before
 

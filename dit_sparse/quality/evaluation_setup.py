@@ -74,17 +74,17 @@ class Setup:
     def __post_init__(self) -> None:
         for name, values in (("prompts", self.prompts), ("seeds", self.seeds)):
             if not values:
-                raise QualityInputError(f"no {name} were given")
+                raise QualityInputError(f"{name}: at least one is required")
             twice = sorted({str(v) for v in values if values.count(v) > 1})
             if twice:
-                raise QualityInputError(f"{name}: {twice[0]!r:.100} is there twice")
+                raise QualityInputError(f"{name}: duplicate value {twice[0]!r:.100}")
         if not self.strategies:
-            raise QualityInputError("no strategies were given")
+            raise QualityInputError("strategies: at least one is required")
         for label in self.strategies:
             if label in {DENSE, FLOOR} or not re.fullmatch(r"[\w.+-]{1,80}", label):
                 raise QualityInputError(
-                    f"strategy {label!r:.100}: its name becomes a file's name, so it is 1 to 80 "
-                    "of letters, digits and . _ + -, and not dense or floor"
+                    f"strategy {label!r:.100}: its name is used as a file name, so it must have "
+                    "1 to 80 letters, digits or . _ + -, and must not be 'dense' or 'floor'"
                 )
 
     @property

@@ -23,8 +23,8 @@ def writing(place: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error).removeprefix(f"{place}: ")
         raise QualityInputError(
-            f"{place}: cannot be written: {reason}; what was finished before is whole. Free "
-            "space or name another output, and run the same command again"
+            f"{place}: cannot be written: {reason}; earlier results are complete. Free space or "
+            "choose another output, then run the same command again"
         ) from error
 
 

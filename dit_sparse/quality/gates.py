@@ -75,7 +75,7 @@ def _parse(text: str, known: tuple[str, ...]) -> Gate:
         bound = math.nan
     if form is None or not math.isfinite(bound):
         raise QualityInputError(
-            f"gate {text!r:.100}: wanted METRIC>=NUMBER or METRIC<=NUMBER, as in psnr>=25 or "
+            f"gate {text!r:.100}: must be METRIC>=NUMBER or METRIC<=NUMBER, e.g. psnr>=25 or "
             "psnr.worst>=18"
         )
     metric, part = form[1], "value"
@@ -83,8 +83,8 @@ def _parse(text: str, known: tuple[str, ...]) -> Gate:
         metric, _, part = metric.rpartition(".")
     if metric not in known:
         raise QualityInputError(
-            f"gate {text!r:.100}: {metric!r:.80} is not measured here; measured are: "
-            f"{', '.join(known)}; each also as .worst, .median, .spread"
+            f"gate {text!r:.100}: {metric!r:.80} is not measured in this run; measured metrics: "
+            f"{', '.join(known)}; each can be followed by .worst, .median or .spread"
         )
     return Gate(metric, part, form[2] == ">=", bound, text)
 

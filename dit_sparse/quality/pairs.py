@@ -57,7 +57,7 @@ def pairs(reference: Iterable[Frame], test: Iterable[Frame]) -> Iterator[tuple[F
         other: Any = next(right, missing)
         if one is missing and other is missing:
             if number == 0:
-                raise QualityInputError("no frames to compare: both clips are empty")
+                raise QualityInputError("both clips are empty, so there are no frames to compare")
             return
         if one is missing or other is missing:
             short, long = ("reference", "test") if one is missing else ("test", "reference")
@@ -71,6 +71,7 @@ def pairs(reference: Iterable[Frame], test: Iterable[Frame]) -> Iterator[tuple[F
         if one.shape != other.shape or 0 in one.shape:
             raise QualityInputError(
                 f"frame {number} is {one.shape[1]} x {one.shape[0]} in the reference, "
-                f"{other.shape[1]} x {other.shape[0]} in the test; frames are never rescaled"
+                f"{other.shape[1]} x {other.shape[0]} in the test; frames are never rescaled, so "
+                "use the same size"
             )
         yield one, other

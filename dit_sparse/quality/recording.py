@@ -50,7 +50,7 @@ def write_preview(path: Path, frames: Iterator[Frame], fps: float, crf: int = 20
     first = next(frames)
     height, width = (side // 2 * 2 for side in first.shape[:2])
     if not (height and width):
-        raise QualityInputError(f"a video needs 2 pixels on a side, got {first.shape[:2]}")
+        raise QualityInputError(f"a video must be at least 2 x 2 pixels, got {first.shape[:2]}")
     cut = (frame[:height, :width] for frame in chain([first], frames))
     encode(path, cut, (height, width), fps, [*PREVIEW, "-crf", str(crf)])
 

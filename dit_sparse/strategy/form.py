@@ -34,7 +34,7 @@ FORM = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 def _plain_text(value: str) -> str:
     refuse_controls(value)
     if "\n" in value or "\t" in value:
-        raise ValueError(f"must be one line without tabs, got {value!r:.80}")
+        raise ValueError(f"must be a single line without tabs, got {value!r:.80}")
     return value
 
 
@@ -50,7 +50,7 @@ def _everywhere(word: str) -> BeforeValidator:
             raise ValueError(f'must be "all" or a list of indices, got {value!r:.80}')  # noqa: TRY004
         found = indices(value, word)
         if not found:
-            raise ValueError(f'{word} must name at least one, or be "all"; got []')
+            raise ValueError(f'{word} must contain at least one index, or be "all"; got []')
         return found
 
     return BeforeValidator(check)
@@ -95,8 +95,8 @@ class Grid(BaseModel):
         if tokens > MAX_TOKENS:
             raise ValueError(
                 f"{self.frames} x {self.height} x {self.width} + {self.text} are {tokens:,} "
-                f"tokens, at most {MAX_TOKENS:,} are planned for; sizes are counted in tokens "
-                "after patchify, not in pixels"
+                f"tokens; the maximum is {MAX_TOKENS:,}. Give the size in tokens after patchify, "
+                "not in pixels"
             )
         return self
 

@@ -79,11 +79,16 @@ def file_of(place: str | None, filename: str | None, shown: str) -> str:
     path = PurePosixPath(place if place is not None else ".")
     if path.suffix == ".json":
         if filename is not None:
-            raise StrategyError(f"{shown}: names a file, and filename={filename!r} another one")
+            raise StrategyError(
+                f"{shown}: already contains a file name, and filename={filename!r} gives "
+                "another; use only one"
+            )
     else:
         path = path / (CONFIG_NAME if filename is None else filename)
     if path.is_absolute() or ".." in path.parts:
-        raise StrategyError(f"{shown}: {str(path)!r} leads out of the repository")
+        raise StrategyError(
+            f"{shown}: {str(path)!r} is outside the repository; use a path inside it"
+        )
     return str(path)
 
 
@@ -114,29 +119,29 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
     except LocalEntryNotFoundError as error:
         offline = constants.HF_HUB_OFFLINE or options.get("local_files_only")
         raise StrategyError(
-            f"{Address(repo_id, revision)}: no {filename} in the local cache of the Hub, and "
-            + ("the Hub may not be asked (offline mode)" if offline else "the Hub did not answer")
-            + "; fetch it once with a network, or give a local file or folder"
+            f"{Address(repo_id, revision)}: no {filename} in the local Hub cache, and "
+            + ("offline mode is on" if offline else "the Hub is not reachable")
+            + "; download it once with network access, or use a local file or folder"
             + near_names(repo_id, tuple(METHODS))
         ) from error
     except EntryNotFoundError as error:
         raise StrategyError(
-            f"{shown}: the repository has no such file; another one is named as "
+            f"{shown}: file not found in the repository; to load another one, use "
             f"{repo_id}:FOLDER or {repo_id}:FILE.json"
         ) from error
     except RevisionNotFoundError as error:
         raise StrategyError(f"{shown}: the repository has no revision {revision!r}") from error
     except GatedRepoError as error:
         raise StrategyError(
-            f"{shown}: a gated repository: ask for access on its page, then {LOG_IN}"
+            f"{shown}: gated repository; request access on its page, then {LOG_IN}"
         ) from error
     except RepositoryNotFoundError as error:
         raise StrategyError(
-            f"{shown}: no folder here and no repository on the Hub has this name, or it is "
-            f"private: then {LOG_IN}{near_names(repo_id, tuple(METHODS))}"
+            f"{shown}: no local folder or Hub repository has this name; for a private "
+            f"repository, {LOG_IN}{near_names(repo_id, tuple(METHODS))}"
         ) from error
     except _failures() as error:
-        raise StrategyError(f"{shown}: cannot be fetched: {_first_line(error)}") from error
+        raise StrategyError(f"{shown}: download failed: {_first_line(error)}") from error
 
 
 def fetch(repo_id: str, filename: str, **options: Any) -> Path:
@@ -214,13 +219,11 @@ def upload(
             **options,
         )
     except LocalTokenNotFoundError as error:
-        raise StrategyError(f"{repo_id}: cannot be uploaded: {LOG_IN}") from error
+        raise StrategyError(f"{repo_id}: upload failed: {LOG_IN}") from error
     except _failures() as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         hint = f"; {LOG_IN}" if status in {401, 403} else ""
-        raise StrategyError(
-            f"{repo_id}: cannot be uploaded: {_first_line(error)}{hint}"
-        ) from error
+        raise StrategyError(f"{repo_id}: upload failed: {_first_line(error)}{hint}") from error
     return str(commit.commit_url)
 
 

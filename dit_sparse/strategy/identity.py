@@ -159,18 +159,20 @@ def changed(recorded: Any, now: Mapping[str, Any], what: str) -> str | None:
         now: The present one.
         what: The results, in the plural: "clips".
     """
-    remedy = f"name another output, or add --fresh (fresh=True) to drop these {what}"
+    remedy = f"choose another output, or add --fresh (fresh=True) to delete these {what}"
     if not isinstance(recorded, Mapping):
         return (
-            f"holds {what} of an earlier version of dit-sparse, which did not record all that "
-            f"they depend on; {remedy}"
+            f"contains {what} from an earlier version of dit-sparse, which did not record all of "
+            f"their inputs; {remedy}"
         )
     found = differences(recorded, plain(now))
     if not found:
         return None
     more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
     listed = "; ".join(found[:_SHOWN])
-    return f"holds {what} made with other inputs: {listed}{more}; restore them, {remedy}"
+    return (
+        f"contains {what} made with other inputs: {listed}{more}; restore these inputs, {remedy}"
+    )
 
 
 def remember(path: Path, now: Mapping[str, Any], what: str) -> str | None:

@@ -34,7 +34,7 @@ def indices(value: Any, word: str) -> tuple[int, ...]:
     found = sorted(count(item, f"an index in {word}", MAX_INDEX) for item in value)
     doubled = [a for a, b in pairwise(found) if a == b]
     if doubled:
-        raise ValueError(f"{word} names {doubled[0]} twice")
+        raise ValueError(f"{word} names {doubled[0]} more than once")
     return tuple(found)
 
 

@@ -101,8 +101,8 @@ class Strategy(BaseModel):
             refuse_controls(data)
             if len(rules := data.get("rules") or ()) > MAX_RULES:
                 raise StrategyError(  # noqa: TRY301
-                    f"{shown}: rules: at most {MAX_RULES:,} are read, got {len(rules):,}; join "
-                    "heads with the same method in one rule"
+                    f"{shown}: rules: at most {MAX_RULES:,} are allowed, got {len(rules):,}; "
+                    "combine heads with the same method in one rule"
                 )
             return cls.model_validate_json(json.dumps(data, allow_nan=False), strict=True)
         except ValidationError as error:
@@ -110,7 +110,7 @@ class Strategy(BaseModel):
         except StrategyError:
             raise
         except (TypeError, ValueError, RecursionError) as error:
-            raise StrategyError(f"{shown}: not plain JSON data: {error}") from error
+            raise StrategyError(f"{shown}: not valid JSON data: {error}") from error
 
     @classmethod
     def load(cls, name: str | PathLike[str]) -> Strategy:
@@ -165,8 +165,8 @@ class Strategy(BaseModel):
             return cls.from_dict(profile).with_options(**options)
         if not isinstance(profile, str | PathLike):
             raise StrategyError(
-                "a strategy is wanted: a name, a path, a Hub repository, a dict or a Strategy, "
-                f"got {type(profile).__name__}"
+                "strategy must be a name, a path, a Hub repository, a dict or a Strategy, got "
+                f"{type(profile).__name__}"
             )
         if isinstance(profile, str) and profile in METHODS:
             return cls.single(profile, **options)
@@ -194,13 +194,15 @@ class Strategy(BaseModel):
         scheduled = tuple(Schedule.model_fields)
         unknown = [key for key in options if key not in params and key not in scheduled]
         if unknown:
+            several, of = "", f"{methods[0]}: {', '.join(params)}; " if methods else ""
             if len(methods) > 1:
-                of = f"several methods ({', '.join(methods)}), whose params a file must change; "
-            else:
-                of = f"{methods[0]}: {', '.join(params)}; " if methods else ""
+                of = ""
+                several = (
+                    f"change the params of several methods ({', '.join(methods)}) in a file; "
+                )
             raise StrategyError(
-                f"{self.name}: unknown option {unknown[0]!r}; there are {of}"
-                f"schedule: {', '.join(scheduled)}"
+                f"{self.name}: unknown option {unknown[0]!r}; {several}options are {of}schedule: "
+                f"{', '.join(scheduled)}"
             )
         data = self.to_dict()
         for key, value in options.items():
@@ -240,8 +242,8 @@ class Strategy(BaseModel):
         """
         if self.model is not None and model_class not in self.model.classes:
             raise StrategyError(
-                f"{self.name}: model: made for {' or '.join(self.model.classes)}, this is a "
-                f"{model_class}; to use it all the same, set model to null in a copy of the file"
+                f"{self.name}: model: made for {' or '.join(self.model.classes)}, but this model "
+                f"is a {model_class}; to use it anyway, set model to null in a copy of the file"
             )
         self._check_range("schedule.dense_layers", self.schedule.dense_layers, num_layers, "layer")
         for i_rule, rule in enumerate(self.rules):
@@ -250,12 +252,14 @@ class Strategy(BaseModel):
             self._check_range(f"{at}.heads", rule.heads, num_heads, "head")
             if rule.stage is not None and rule.stage not in stages:
                 raise StrategyError(
-                    f"{self.name}: {at}.stage: this pipeline has no {rule.stage!r}, it has "
-                    f"{', '.join(stages)}"
+                    f"{self.name}: {at}.stage: this pipeline has no {rule.stage!r}; its stages "
+                    f"are {', '.join(stages)}"
                 )
         wanted = None if self.model is None else self.model.config_hash
         if wanted is not None and config_hash is not None and wanted != config_hash:
-            return (f"{self.name} was made for another config of {model_class}",)
+            return (
+                f"{self.name} was made for another config of {model_class}; check its quality",
+            )
         return ()
 
     def _check_range(
@@ -341,7 +345,7 @@ class Strategy(BaseModel):
             **options: For ``push_to_hub``; ``repo_id`` is the folder's name where not given.
         """
         if options and not push_to_hub:
-            raise TypeError(f"{', '.join(options)}: only for push_to_hub=True")
+            raise TypeError(f"{', '.join(options)}: requires push_to_hub=True")
         self.save(Path(folder) / filename)
         if push_to_hub:
             repo_id = options.pop("repo_id", Path(folder).resolve().name)
@@ -371,20 +375,24 @@ class Strategy(BaseModel):
         address = hub.parse(shown)
         place = local[1] if local else address.place if address else None
         if None not in {place, subfolder}:
-            raise StrategyError(f"{shown}: names a place, and subfolder={subfolder!r} another one")
+            raise StrategyError(
+                f"{shown}: already contains a folder, and subfolder={subfolder!r} gives another; "
+                "use only one"
+            )
         file = hub.file_of(subfolder if place is None else place, filename, shown)
         if local is not None:
             path = local[0] / file
             return cls.from_dict(read_json(path, str(path)), str(path))
         if address is None:
             raise StrategyError(
-                f"{shown}: no such folder, and not the form of a Hub repository (owner/name); a "
-                "file is read by Strategy.load"
+                f"{shown}: folder not found, and not a valid Hub repository (owner/name); to "
+                "load a file, use Strategy.load"
             )
         revision = address.revision
         if revision is not None and options.setdefault("revision", revision) != revision:
             raise StrategyError(
-                f"{shown}: names a revision, and revision={options['revision']!r} another one"
+                f"{shown}: already contains a revision, and revision={options['revision']!r} "
+                "gives another; use only one"
             )
         path = hub.download(address.repo_id, file, **options)
         shown = str(hub.Address(address.repo_id, options.get("revision"), file))

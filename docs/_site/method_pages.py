@@ -82,7 +82,7 @@ def picture(name: str, grid: LatentsGrid = GRID) -> bytes | None:
     views = observe_static(name, strategy.rules[0].params, grid, 2)
     note = "by geometry alone"
     if views is None:
-        note = "synthetic queries and keys: what a method that reads them keeps is no model's"
+        note = "synthetic queries and keys: dynamic choices do not represent a model"
         views = observe_synthetic(
             strategy, grid, heads=2, head_dim=64, num_layers=4, layer=LAYER, step=STEP,
             num_steps=STEPS,

@@ -266,7 +266,7 @@ def test_the_receipt_gives_the_limit(wan):
     assert Guarantee(factor=1.5).bound(measured(relative_error=0.1)) == pytest.approx(0.15)
     assert Guarantee().bound(measured(relative_error=0.9)) == 1.0
     assert Guarantee(limit=0.2).bound(measured(relative_error=0.9)) == 0.2
-    with pytest.raises(dit_sparse.StrategyError, match="measured density"):
+    with pytest.raises(dit_sparse.StrategyError, match="receipt contains density"):
         Guarantee().bound(measured(density=0.3))
     with pytest.raises(dit_sparse.StrategyError, match="above 0"):
         Guarantee().bound(measured(relative_error=0.0))

@@ -80,10 +80,13 @@ def test_without_a_program_dense_is_torchs(scale):
         ({"layer": -1}, "got -1"),
         (
             {"key": tiny.normal(1, 9, 2, 8), "value": tiny.normal(1, 9, 2, 8)},
-            "leave cross-attention to the program",
+            "compute cross-attention without dit_sparse",
         ),
-        ({"value": tiny.normal(1, 72, 1, 8)}, "as many keys and heads as queries"),
-        ({"heads": 4}, "half names single heads of 2, this call has 4: heads are split"),
+        ({"value": tiny.normal(1, 72, 1, 8)}, "the same number of tokens and heads"),
+        (
+            {"heads": 4},
+            r"half has rules for individual heads of 2, but this call has 4 heads \(split",
+        ),
     ],
 )
 def test_calls_that_cannot_be_right_raise(changes, message):
@@ -97,17 +100,17 @@ def test_calls_that_cannot_be_right_raise(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": None}, "transformer, layer 0: the grid of tokens of this call is not known"),
-        ({"step": None}, "the step of this call is not known"),
-        ({"step": 2}, "the step of this call is not known"),
-        ({"grid": LatentsGrid(1, 4, 6)}, "= 24 tokens, attention has 72"),
+        ({"grid": None}, "transformer, layer 0: the grid of tokens of this call is unknown"),
+        ({"step": None}, "the step of this call is unknown"),
+        ({"step": 2}, "the step of this call is unknown"),
+        ({"grid": LatentsGrid(1, 4, 6)}, "has 24 tokens, but attention was called with 72"),
     ],
 )
 def test_what_is_not_known_is_dense_once_said_or_raises(changes, message):
     q, k, v = inputs()
     runtime = Runtime(HALF, num_layers=1, num_heads=2)
     dense = Runtime(Strategy(name="none"), num_layers=1, num_heads=2)
-    with pytest.warns(UserWarning, match=f"half: dense from here on: .*{message}"):
+    with pytest.warns(UserWarning, match=f"half: dense from now on: .*{message}"):
         output = runtime.attend(q, k, v, **place(**changes))
     assert torch.equal(output, dense.attend(q, k, v, **place()))
     runtime.attend(q, k, v, **place(**changes))  # a second warning would be an error
@@ -119,6 +122,8 @@ def test_a_strategy_that_does_not_fit_is_refused():
     with pytest.raises(StrategyError, match="head 1 is out of range; this model has 1"):
         Runtime(HALF, num_layers=1, num_heads=1)
     made = Strategy.load("wan2.1-14b.720p.svg2")
-    with pytest.raises(StrategyError, match="made for WanTransformer3DModel, this is a FluxTrans"):
+    with pytest.raises(
+        StrategyError, match="made for WanTransformer3DModel, but this model is a FluxTrans"
+    ):
         Runtime(made, num_layers=40, num_heads=40, model_class="FluxTransformer2DModel")
     assert Runtime(made, num_layers=40, num_heads=40).strategy is made

@@ -71,10 +71,10 @@ def test_places_and_files(place, filename, file):
 @pytest.mark.parametrize(
     ("place", "filename", "message"),
     [
-        ("..", None, "leads out"),
-        ("a/../../b.json", None, "leads out"),
-        ("/etc", None, "leads out"),
-        ("a.json", "b.json", "names a file, and filename='b.json' another"),
+        ("..", None, "is outside the repository"),
+        ("a/../../b.json", None, "is outside the repository"),
+        ("/etc", None, "is outside the repository"),
+        ("a.json", "b.json", "already contains a file name, and filename='b.json' gives another"),
     ],
 )
 def test_bad_places(place, filename, message):
@@ -104,11 +104,15 @@ def test_folders_subfolders_and_files(tmp_path, monkeypatch):
     ):
         assert found == OTHER
     for name, options, message in (
-        ("own/model", {"subfolder": "none"}, rf"own/model.none.{CONFIG_NAME}: no such file"),
-        ("own/model", {"subfolder": "../model"}, "leads out"),
-        ("own/model:draft", {"subfolder": "draft"}, "names a place, and subfolder='draft'"),
-        ("nowhere", {}, "nowhere: no such folder, and not the form of a Hub repository"),
-        ("own/model/draft.json", {}, "a file is read by Strategy.load"),
+        ("own/model", {"subfolder": "none"}, rf"own/model.none.{CONFIG_NAME}: file not found"),
+        ("own/model", {"subfolder": "../model"}, "is outside the repository"),
+        (
+            "own/model:draft",
+            {"subfolder": "draft"},
+            "already contains a folder, and subfolder='draft'",
+        ),
+        ("nowhere", {}, "nowhere: folder not found, and not a valid Hub repository"),
+        ("own/model/draft.json", {}, "to load a file, use Strategy.load"),
     ):
         with pytest.raises(StrategyError, match=message):
             Strategy.from_pretrained(name, **options)
@@ -145,7 +149,7 @@ def test_uploaded_and_fetched(server, monkeypatch, tmp_path):
     FAST.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="lab/saved", **pushed)
     assert Strategy.from_pretrained("lab/saved", **options) == FAST
     assert Strategy.from_pretrained(tmp_path / "saved") == FAST
-    with pytest.raises(TypeError, match="repo_id: only for push_to_hub=True"):
+    with pytest.raises(TypeError, match="repo_id: requires push_to_hub=True"):
         FAST.save_pretrained(tmp_path / "saved", repo_id="lab/saved")
 
     # Fetched once, it is there without a network; what was not fetched says so.
@@ -153,10 +157,10 @@ def test_uploaded_and_fetched(server, monkeypatch, tmp_path):
     count = len(server.requests)
     assert Strategy.from_pretrained("lab/model:draft", **options) == OTHER
     with pytest.raises(
-        StrategyError, match=r"lab/model: no new.json in the local cache .*offline"
+        StrategyError, match=r"lab/model: no new.json in the local Hub cache.*offline"
     ):
         Strategy.from_pretrained("lab/model", filename="new.json", **options)
-    with pytest.raises(StrategyError, match=r"lab/model: cannot be uploaded: .*offline"):
+    with pytest.raises(StrategyError, match=r"lab/model: upload failed: .*offline"):
         OTHER.push_to_hub("lab/model", **pushed)
     assert len(server.requests) == count
 
@@ -172,26 +176,31 @@ def test_what_the_hub_refuses(server, monkeypatch):
     for name, message in (
         (
             "lab/nothing",
-            "lab/nothing:.*no folder here and no repository on the Hub.*hf auth login",
+            "lab/nothing:.*no local folder or Hub repository has this name.*hf auth login",
         ),
-        ("lab/secret", "or it is private"),
-        ("lab/model", r"has no such file; another one is named as lab/model:FOLDER"),
+        ("lab/secret", "for a private repository"),
+        (
+            "lab/model",
+            r"file not found in the repository; to load another one, use lab/model:FOLDER",
+        ),
         ("lab/model@v9:a.json", "has no revision 'v9'"),
         ("lab/model:newer.json", "lab/model:newer.json: schema_version: must be 1, got 2"),
         ("lab/model:page.json", "lab/model:page.json: not valid JSON"),
-        ("lab/model:../x.json", "leads out"),
-        ("lab/--model", "cannot be fetched"),
+        ("lab/model:../x.json", "is outside the repository"),
+        ("lab/--model", "download failed"),
     ):
         with pytest.raises(StrategyError, match=message):
             Strategy.from_pretrained(name, **options)
-    with pytest.raises(StrategyError, match="names a revision, and revision='a' another"):
+    with pytest.raises(
+        StrategyError, match="already contains a revision, and revision='a' gives another"
+    ):
         Strategy.from_pretrained("lab/model@b:x.json", revision="a", **options)
-    with pytest.raises(StrategyError, match=r"me/x: cannot be uploaded: .*hf auth login"):
+    with pytest.raises(StrategyError, match=r"me/x: upload failed: .*hf auth login"):
         FAST.push_to_hub("me/x", token="hf_wrong", endpoint=server.endpoint)
     dead = {**options, "endpoint": "http://127.0.0.1:9"}
-    with pytest.raises(StrategyError, match="in the local cache of the Hub, and the Hub did"):
+    with pytest.raises(StrategyError, match="in the local Hub cache, and the Hub is not"):
         Strategy.from_pretrained("lab/away", **dead)
-    with pytest.raises(StrategyError, match="me/x: cannot be uploaded"):
+    with pytest.raises(StrategyError, match="me/x: upload failed"):
         FAST.push_to_hub("me/x", token="t", endpoint="http://127.0.0.1:9")
 
 
@@ -202,7 +211,10 @@ def test_a_model_brings_its_strategy(tmp_path):
     built.save_pretrained(folder)
     absent = {"text_encoder": None, "tokenizer": None}
     plain = diffusers.WanPipeline.from_pretrained(folder, **absent)
-    with pytest.raises(StrategyError, match=r"no strategy beside the model: .*no such file; name"):
+    with pytest.raises(
+        StrategyError,
+        match=r"no strategy given, and none found with the model: .*file not found; pass",
+    ):
         plain.enable_sparse_attention()
     Strategy.single("gna", window=(1, 3, 3), tile=(1, 4, 4), name="own").save_pretrained(folder)
     pipe = diffusers.WanPipeline.from_pretrained(folder, **absent)
@@ -222,7 +234,7 @@ def test_a_model_brings_its_strategy(tmp_path):
     transformer = diffusers.WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
     with dit_sparse.enable(transformer) as handle:
         assert handle.strategy.name == "own"
-    with pytest.raises(StrategyError, match=r"was not loaded from a folder or repository.*; name"):
+    with pytest.raises(StrategyError, match=r"was not loaded from a folder or repository.*; pass"):
         built.enable_sparse_attention()
 
     # One that is for another model is refused through this path too, before anything is changed.
@@ -232,7 +244,9 @@ def test_a_model_brings_its_strategy(tmp_path):
         pipe.enable_sparse_attention()
     model = dit_sparse.strategy.Model(classes=("FluxTransformer2DModel",))
     Strategy(name="flux", model=model).save_pretrained(folder)
-    with pytest.raises(StrategyError, match="flux: model: made for FluxTransformer2DModel, this"):
+    with pytest.raises(
+        StrategyError, match="flux: model: made for FluxTransformer2DModel, but this"
+    ):
         pipe.enable_sparse_attention()
     assert pipe.sparse_attention is None
 
@@ -272,5 +286,5 @@ def test_the_command_line_takes_the_same_names(tmp_path, monkeypatch):
     result = runner.invoke(app, ["diff", "own/model", "nobody/nothing@v1:a.json"])
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
-    assert "nobody/nothing@v1: no a.json in the local cache of the Hub" in said
+    assert "nobody/nothing@v1: no a.json in the local Hub cache" in said
     shutil.rmtree("own")

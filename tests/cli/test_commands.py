@@ -203,7 +203,9 @@ def test_overwriting_replaces_its_own_files_and_no_others(wan, tmp_path):
     for name in ("dense.mp4", "sparse.mp4", "result.json", "notes.txt"):
         (tmp_path / name).write_text("mine")
     refused(
-        generate(wan, tmp_path), "already has dense.mp4, sparse.mp4, result.json", "--overwrite"
+        generate(wan, tmp_path),
+        "already contains dense.mp4, sparse.mp4, result.json",
+        "--overwrite",
     )
     assert (tmp_path / "sparse.mp4").read_text() == "mine"
     assert generate(wan, tmp_path, "--overwrite", "--probe", "0").exit_code == 0
@@ -221,7 +223,7 @@ def test_a_strategy_that_leaves_nothing_out_says_so(wan, tmp_path):
     found = strict(tmp_path / "result.json")
     assert found["quality"]["psnr"]["value"] == 100
     assert found["quality"]["psnr"]["identical_frames"] == 9
-    assert "Nothing was sparse" in result.stdout
+    assert "No sparse calls" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +268,7 @@ def test_an_image_model_gives_pngs(image_model, tmp_path):
         assert found == 100
     refused(
         run("generate", image_model, "x", *SPARSE, "-o", tmp_path / "b", "--frames", 9),
-        "PixArtSigmaPipeline takes no --frames",
+        "PixArtSigmaPipeline does not accept --frames",
     )
 
 
@@ -277,10 +279,10 @@ def test_a_call_takes_the_pipelines_other_arguments(image_model, tmp_path):
     asked = {"max_sequence_length": 32, "use_resolution_binning": False, "clean_caption": False}
     assert asked.items() <= told.items()
     for pair, words in {
-        "sharpness=2": "PixArtSigmaPipeline takes no --call sharpness",
-        "height=64": "--call height: --height sets it",
-        "output_type=pil": "--call output_type: dit-sparse sets it itself",
-        "sharpness": "wanted KEY=VALUE, as in true_cfg_scale=4",
+        "sharpness=2": "PixArtSigmaPipeline does not accept --call sharpness",
+        "height=64": "--call height: use --height instead",
+        "output_type=pil": "--call output_type: set by dit-sparse",
+        "sharpness": "must be KEY=VALUE, e.g. true_cfg_scale=4",
     }.items():
         refused(run(*command[:-1], tmp_path / "b", "--call", pair), words)
 
@@ -296,9 +298,9 @@ def _folder(files):
 
 
 MODELS = {
-    "missing": ("nowhere", ["no such folder", "owner/name"]),
-    "missing path": ("./a/b/c", ["./a/b/c", "no such folder"]),
-    "not a pipeline": (_folder({}), ["has no model_index.json"]),
+    "missing": ("nowhere", ["folder not found", "owner/name"]),
+    "missing path": ("./a/b/c", ["./a/b/c", "folder not found"]),
+    "not a pipeline": (_folder({}), ["model_index.json is missing"]),
     "broken index": (_folder({"model_index.json": "{"}), ["cannot be loaded"]),
     "foreign index": (_folder({"model_index.json": '{"a": 1}'}), ["cannot be loaded"]),
     "defaults of a wrong type": (
@@ -307,14 +309,14 @@ MODELS = {
     ),
     "defaults with an unknown key": (
         _folder({"model_index.json": "{}", "sample_defaults.json": '{"hight": 64}'}),
-        ["sample_defaults.json: hight", "keys are: height, width"],
+        ["sample_defaults.json: hight", "allowed keys: height, width"],
     ),
     "defaults that are no JSON": (
         _folder({"model_index.json": "{}", "sample_defaults.json": "64"}),
         ["sample_defaults.json"],
     ),
     "offline Hub id": ("nobody/nothing-here", ["nobody/nothing-here: cannot be loaded"]),
-    "strange characters": ("[red]\n" + "x" * 5000, ["no such folder"]),
+    "strange characters": ("[red]\n" + "x" * 5000, ["folder not found"]),
 }
 
 
@@ -328,7 +330,7 @@ def test_a_bad_model_is_one_line(name, tmp_path):
 
 REQUESTS = {
     "unknown strategy": (["--strategy", "radiall"], ["'radiall'", "did you mean radial"]),
-    "missing file": (["--strategy", "no/where.json"], ["no/where.json: no such file"]),
+    "missing file": (["--strategy", "no/where.json"], ["no/where.json: file not found"]),
     "no pair": (["--set", "decay"], ["--set 'decay'", "KEY=VALUE"]),
     "twice": (["--set", "sink=true", "--set", "sink=false"], ["--set sink: given twice"]),
     "unknown key": (["--set", "windw=3"], ["unknown option 'windw'", "decay_factor"]),
@@ -352,7 +354,7 @@ def test_a_bad_request_is_one_line(name, wan, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["generate", "bench"])
 def test_a_gpu_that_is_not_there(command, wan, tmp_path):
-    words = ["--device cuda", "sees no GPU"]
+    words = ["--device cuda", "finds no GPU"]
     if command == "generate":
         refused(generate(wan, tmp_path / "out", "--device", "cuda"), *words)
     else:
@@ -361,8 +363,8 @@ def test_a_gpu_that_is_not_there(command, wan, tmp_path):
 
 def test_a_folder_that_cannot_be_written(wan, tmp_path):
     (tmp_path / "file").write_text("x")
-    refused(generate(wan, tmp_path / "file"), "file: is not a folder")
-    refused(generate(wan, tmp_path / "file" / "below"), "is not a folder")
+    refused(generate(wan, tmp_path / "file"), "file: not a folder")
+    refused(generate(wan, tmp_path / "file" / "below"), "not a folder")
 
 
 def test_a_pipeline_without_text_encoder_is_refused(tmp_path):
@@ -421,7 +423,9 @@ def test_an_end_in_the_middle_leaves_nothing_behind(wan, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
     assert "Traceback" not in result.output
     if code == 130:
-        assert result.stderr.splitlines()[-1].startswith("Interrupted; the pipeline is detached")
+        assert result.stderr.splitlines()[-1].startswith(
+            "Interrupted. Sparse attention was removed"
+        )
     else:
         assert "out of GPU memory in the" in result.stderr
 
@@ -434,7 +438,7 @@ def test_nan_frames_are_an_error(wan, tmp_path, monkeypatch):
 
     original = perform.load
     monkeypatch.setattr(perform, "load", load)
-    refused(generate(wan, tmp_path / "out"), "values are not finite")
+    refused(generate(wan, tmp_path / "out"), "values are NaN or infinite")
 
 
 def test_a_mistake_of_ours_is_not_dressed_up(wan, tmp_path, monkeypatch):
@@ -527,7 +531,12 @@ def test_methods_of_one_name_and_of_none():
 def test_doctor_says_what_would_run():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    for word in (dit_sparse.__version__, "would run native", "reference", "WanTransformer3DModel"):
+    for word in (
+        dit_sparse.__version__,
+        "default kernel native",
+        "reference",
+        "WanTransformer3DModel",
+    ):
         assert word in result.stdout
     found = json.loads(run("doctor", "--json").stdout)
     assert found["devices"][0]["chosen"] == "native"
@@ -545,10 +554,10 @@ def test_doctor_s_exit_code_is_1_where_something_is_wrong(monkeypatch):
 def test_bench_runs_small_and_writes_its_numbers(tmp_path):
     few = ["--block-size", "128", "--density", "0.125", "--threads", "1", "--repeats", "1"]
     refused(run("bench", "--kernel", "fast"), "no kernel is called 'fast'")
-    refused(run("bench", "-o", tmp_path), "not a file name")
-    refused(run("bench", "-o", tmp_path / "no" / "x.json"), "not a file name")
-    refused(run("bench", "--shape", "8x8"), "shape '8x8' fits 0", "8x32x32x2x64")
-    refused(run("bench", "--shape", "k"), "fits 5")
+    refused(run("bench", "-o", tmp_path), "must be a file name")
+    refused(run("bench", "-o", tmp_path / "no" / "x.json"), "must be a file name")
+    refused(run("bench", "--shape", "8x8"), "shape '8x8' matches 0", "8x32x32x2x64")
+    refused(run("bench", "--shape", "k"), "matches 5")
     refused(run("bench", "--method", "best"), "unknown method 'best'")
     cpu = ["bench", "--device", "cpu", "--no-memory", "-o", tmp_path / "b.json"]
     result = run(*cpu, *few, "--shape", "2x16x16x1x32")
@@ -589,7 +598,7 @@ def test_values_of_set_are_json_or_text():
     )
     wanted = {"a": 1, "b": 0.5, "c": [1, 2], "d": "released", "e": True, "f": "x=y", "g": ""}
     assert found == wanted
-    with pytest.raises(UserError, match="wanted KEY=VALUE"):
+    with pytest.raises(UserError, match="must be KEY=VALUE"):
         key_values("--set", ["=1"])
     with pytest.raises(UserError, match="--call a: given twice"):
         key_values("--call", ["a=1", "a=2"])
@@ -617,7 +626,7 @@ def test_a_failure_while_writing_keeps_the_old_result(tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "words"),
-    [(1.5, "1.50x as fast as dense"), (0.6, "Slower than dense"), (1.01, "As fast as dense")],
+    [(1.5, "1.50x as fast as dense"), (0.6, "Slower than dense"), (1.01, "Same speed as dense")],
 )
 def test_the_speed_up_is_said_plainly(total, words):
     result = {
@@ -630,7 +639,7 @@ def test_the_speed_up_is_said_plainly(total, words):
     }
     said = "\n".join(line.plain for line in receipt._verdict(result))
     assert words in said
-    assert "self-attention alone 2.00x" in said
+    assert "self-attention only: 2.00x" in said
     assert "x 3: a [mask]" in said
     assert "up to 2 levels of 255" in said
     assert ("By processor time it is 0.50x" in said) == (abs(0.5 / total - 1) > 0.05)

@@ -166,14 +166,14 @@ def test_what_is_read_is_written_the_same():
 
 
 def test_a_source_that_is_none_a_model_that_takes_none_and_two_transformers(wan, root, tmp_path):
-    with pytest.raises(UserError, match=r"--lora .*nowhere: no such file or folder"):
+    with pytest.raises(UserError, match=r"--lora .*nowhere: file or folder not found"):
         merge_loras(load(wan), [Lora(str(tmp_path / "nowhere"))])
     other = tmp_path / "other.safetensors"
     save_file({"another.model.lora_A.weight": torch.ones(2, 8)}, other)
     pipe = load(wan)
     with pytest.raises(UserError, match=r"--lora .*other\.safetensors: "):
         merge_loras(pipe, [Lora(str(other))])
-    with pytest.raises(UserError, match="PixArtSigmaPipeline takes no LoRA"):
+    with pytest.raises(UserError, match="PixArtSigmaPipeline does not support LoRA"):
         merge_loras(load(root / "samples" / "pixart-tiny"), [Lora("a")])
     with pytest.raises(UserError, match="two transformers"):
         merge_loras(tiny.wan(two_stages=True)[0], [Lora("a")])

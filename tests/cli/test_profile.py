@@ -86,7 +86,7 @@ def test_other_settings_need_a_fresh_start(made, wan):
 def test_an_existing_output_is_kept(wan, tmp_path):
     output = tmp_path / "s.json"
     output.write_text("mine")
-    refused(run(wan, "--prompts", "1", "-o", output, *FAST, *SMALL), "there already")
+    refused(run(wan, "--prompts", "1", "-o", output, *FAST, *SMALL), "already exists")
     assert output.read_text() == "mine"
     # A search that fails half-way leaves it whole, too.
     refused(run(tmp_path / "nowhere", "--prompts", "1", "-o", output, "--overwrite", *FAST),
@@ -137,7 +137,7 @@ def test_bad_outputs(wan, tmp_path, name, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "holds no prompt"), (b"# only this\n \n", "holds no prompt"),
+    [(b"", "contains no prompts"), (b"# only this\n \n", "contains no prompts"),
      (b"\xff\xfe\x00abc", "not UTF-8"), (b"a\x00b", "line 1: control character")],
 )  # fmt: skip
 def test_bad_prompt_files(wan, tmp_path, content, words):
@@ -170,7 +170,7 @@ def test_a_forecast_needs_no_weights_and_no_output(wan, tmp_path):
     told = " ".join(result.stdout.split())
     assert "20 steps of 2 passes" in told
     assert "for 6 prompts x seeds" in told
-    assert "try 21 candidates on 36 calls" in told  # 6 layers, 3 bands, 2 captures
+    assert "measure 21 candidates on 36 calls" in told  # 6 layers, 3 bands, 2 captures
     assert "600 TFLOP/s in attention" in told
     assert "--candidates quick,rettention,-rettention" in told
     one = run(tmp_path, "--prompts", "1", "--guidance-scale", "1", *more)

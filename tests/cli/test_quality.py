@@ -75,17 +75,19 @@ def test_gates_give_exit_code_0_and_1(pair, tmp_path):
 def test_bad_input_gives_exit_code_2_and_one_line(pair, tmp_path):
     out = tmp_path / "out"
     refused(compare(pair, out, sparse="short.mkv"), "has 5 frames", "has 3", "--align first")
-    refused(compare(pair, out, sparse="nowhere.mkv"), "no such file or folder")
+    refused(compare(pair, out, sparse="nowhere.mkv"), "file or folder not found")
     (pair / "text.mp4").write_text("no video")
     refused(compare(pair, out, sparse="text.mp4"), "not a video that ffmpeg can read")
-    refused(compare(pair, out, "--gate", "vmaf>=9"), "'vmaf' is not measured here")
-    refused(compare(pair, out, "--metrics", "snr"), "metric 'snr' is not one of")
-    refused(compare(pair, out, "--compat", "x"), "compat 'x' is not one of: svg")
-    refused(compare(pair, out, "--lpips-weights", "squeeze=x"), "wanted alex or vgg or dists=PATH")
+    refused(compare(pair, out, "--gate", "vmaf>=9"), "'vmaf' is not measured in this run")
+    refused(compare(pair, out, "--metrics", "snr"), "metric 'snr' is unknown")
+    refused(compare(pair, out, "--compat", "x"), "compat 'x' is unknown; available: svg")
+    refused(
+        compare(pair, out, "--lpips-weights", "squeeze=x"), "must be alex or vgg or dists=PATH"
+    )
     refused(compare(pair, out, "--lpips-weights", "alex=nowhere"), "nowhere does not exist")
     assert not list(out.iterdir())
     (tmp_path / "report.md").touch()
-    refused(compare(pair, tmp_path), "already has report.md; add --overwrite")
+    refused(compare(pair, tmp_path), "already contains report.md; add --overwrite")
 
 
 def test_align_every_and_compat_reach_the_comparison(pair, tmp_path):
@@ -129,7 +131,7 @@ def test_compare_without_room_for_its_report_is_one_line(pair, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_where_there_is_none(pair, tmp_path):
-    refused(compare(pair, tmp_path, "--device", "cuda"), "sees no GPU")
+    refused(compare(pair, tmp_path, "--device", "cuda"), "finds no GPU")
 
 
 @pytest.fixture(scope="module")
@@ -238,15 +240,15 @@ def test_evaluate_refuses_before_it_loads_anything(evaluate, tmp_path):
         return run("evaluate", "nowhere/model", "-o", out, *arguments)
 
     one = ("--strategy", "radial")
-    refused(tried(*one), "no prompts: give --prompts FILE")
-    refused(tried(*one, "--prompt", "x", "--seeds", "1,x"), "wanted whole numbers with commas")
-    refused(tried(*one, "--prompt", "x", "--gate", "snr>=3"), "'snr' is not measured here")
+    refused(tried(*one), "no prompts; give --prompts FILE")
+    refused(tried(*one, "--prompt", "x", "--seeds", "1,x"), "must be comma-separated integers")
+    refused(tried(*one, "--prompt", "x", "--gate", "snr>=3"), "'snr' is not measured in this run")
     refused(tried("--strategy", "raidal", "--prompt", "x"), "raidal")
-    refused(tried(*one, *one, "--prompt", "x"), "two strategies named 'radial'")
+    refused(tried(*one, *one, "--prompt", "x"), "another strategy is also named 'radial'")
     refused(tried(*one, "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read")
     refused(tried(*one, "--prompt", "x", "--kernel", "magic"), "magic")
     assert not out.exists()
-    refused(evaluate(out, prompts=("a", "a")), "prompts: 'a' is there twice")
+    refused(evaluate(out, prompts=("a", "a")), "prompts: duplicate value 'a'")
 
 
 def test_prompt_files_have_comments_and_empty_lines(tmp_path):
@@ -269,13 +271,13 @@ def test_vbench_export_and_import(evaluated, tmp_path):
     names = {path.name for path in (tmp_path / "clips").iterdir()}
     wanted = {f"a {what}-{n}.mp4" for what in ("red circle", "blue square") for n in (0, 1)}
     assert names == {*wanted, "manifest.json"}
-    refused(run("vbench", "export", output, "x", "-o", tmp_path / "x"), "there are: coarse, dense")
+    refused(run("vbench", "export", output, "x", "-o", tmp_path / "x"), "available: coarse, dense")
     refused(run("vbench", "export", tmp_path, "x", "-o", tmp_path / "x"), "no finished clips")
     scores = tmp_path / "scores_eval_results.json"
     scores.write_text('{"temporal_flickering": [0.9, []]}')
     read = run("vbench", "import", scores, "-o", tmp_path / "out.json")
     assert read.exit_code == 0, read.output
-    assert "No totals: they need all 16 dimensions" in read.stdout
+    assert "No totals: all 16 dimensions are required" in read.stdout
     told = json.loads((tmp_path / "out.json").read_text())
     assert told["dimensions"]["vbench.temporal_flickering"]["value"] == 0.9
     scores.write_text('{"temporal_flickering": [NaN, []]}')
@@ -318,7 +320,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(
         said += process.stderr.read()
         too_long.cancel()
     assert process.returncode == 130, said
-    assert f"finished clips are kept in {tmp_path}" in said
+    assert f"Finished clips are kept in {tmp_path}" in said
     assert "Traceback" not in said
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mkv")}
     assert [path.name for path in before] == ["dense.mkv"]

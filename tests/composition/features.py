@@ -227,7 +227,7 @@ SKIPPING = {
         do.no_skip,
         changes=True,
         verdicts=NOT_SKIPPED,
-        declines="stands over attention",
+        declines="replaces the result of this attention",
     ),
 }
 FEATURES |= SKIPPING

@@ -207,9 +207,9 @@ def test_exchanged(family, verdict):
     pipe, args = build(family)
     stranger = build(family)[0].transformer
     enable(pipe)
-    with pytest.raises(dit_sparse.AttachError, match="enable it again after"):
+    with pytest.raises(dit_sparse.AttachError, match="then enable it again"):
         pipe.transformer = stranger
-    with pytest.raises(dit_sparse.AttachError, match="enable it again after"):
+    with pytest.raises(dit_sparse.AttachError, match="then enable it again"):
         pipe.register_modules(transformer=stranger)
     assert torch.equal(tiny.run(pipe, args), plain)
     own = pipe.transformer

@@ -167,13 +167,13 @@ def saved(tmp_path):
 def test_a_file_that_is_no_plan_is_refused(tmp_path, saved):
     path = tmp_path / "other.safetensors"
     path.write_bytes(b"not a plan")
-    with pytest.raises(PlanError, match=r"other\.safetensors: not a readable"):
+    with pytest.raises(PlanError, match=r"other\.safetensors: not a valid safetensors"):
         BlockPlan.load(path)
     path.write_bytes(saved.read_bytes()[:-9])
-    with pytest.raises(PlanError, match=r"other\.safetensors: not a readable"):
+    with pytest.raises(PlanError, match=r"other\.safetensors: not a valid safetensors"):
         BlockPlan.load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(PlanError, match=r"wanted format 'dit_sparse\.plan/1', got None"):
+    with pytest.raises(PlanError, match=r"format must be 'dit_sparse\.plan/1', got None"):
         BlockPlan.load(path)
     with pytest.raises(FileNotFoundError):
         BlockPlan.load(tmp_path / "nowhere.safetensors")
@@ -196,8 +196,8 @@ GOOD = {
         ({"metadata": {"q": "11 4"}}, "damaged plan file"),
         ({"metadata": {"q": "eleven 4 1"}}, "damaged plan file"),
         ({"metadata": {"kv_tokens": "x"}}, "damaged plan file"),
-        ({"metadata": {"format": "dit_sparse.plan/2"}}, "wanted format"),
-        ({"metadata": {"kv": "9 4 1"}}, "kv blocks reach outside the 9 slots"),
+        ({"metadata": {"format": "dit_sparse.plan/2"}}, "format must be"),
+        ({"metadata": {"kv": "9 4 1"}}, "kv blocks exceed the 9 slots"),
         ({"drop": "kv_indices"}, "damaged plan file"),
         ({"drop": "q.starts"}, "damaged plan file"),
         ({"add": {"extra": torch.zeros(1)}}, r"unknown tensors \['extra'\]"),
@@ -239,16 +239,16 @@ def layout(starts, sizes, slots, longest=4):
     [
         ({"kv_indices": ints(0, 1, 0, 3).view(1, 1, 2, 2)}, r"kv_indices must lie in \[0, 2\)"),
         ({"kv_indices": ints(0, 1, -1, 1).view(1, 1, 2, 2)}, r"kv_indices must lie in \[0, 2\)"),
-        ({"kv_indices": ints(1, 0, 0, 1).view(1, 1, 2, 2)}, "must ascend"),
-        ({"kv_indices": ints(1, 1, 0, 1).view(1, 1, 2, 2)}, "must ascend"),
+        ({"kv_indices": ints(1, 0, 0, 1).view(1, 1, 2, 2)}, "must be in ascending order"),
+        ({"kv_indices": ints(1, 1, 0, 1).view(1, 1, 2, 2)}, "must be in ascending order"),
         ({"kv_num_blocks": ints(2, 3).view(1, 1, 2)}, r"kv_num_blocks must lie in \[0, 2\]"),
         ({"kv_num_blocks": ints(2, -1).view(1, 1, 2)}, r"kv_num_blocks must lie in \[0, 2\]"),
         ({"q": layout([0, 3], [4, 4], 8)}, "q blocks overlap"),
         ({"kv": layout([0, 3], [4, 4], 8)}, "kv blocks overlap"),
         ({"kv": layout([0, 4], [4, 5], 8)}, r"kv.lengths must lie in \[0, 4\]"),
         ({"kv": layout([0, 4], [4, -1], 8)}, r"kv.lengths must lie in \[0, 4\]"),
-        ({"kv": layout([0, 5], [4, 4], 8)}, "kv blocks reach outside the 8 slots"),
-        ({"kv": layout([-1, 4], [4, 4], 8)}, "kv blocks reach outside the 8 slots"),
+        ({"kv": layout([0, 5], [4, 4], 8)}, "kv blocks exceed the 8 slots"),
+        ({"kv": layout([-1, 4], [4, 4], 8)}, "kv blocks exceed the 8 slots"),
         ({"q": layout([0, 4], [4, 3], 8)}, "q blocks must cover every token"),
         ({"q_tokens": 7}, "q has 8 slots for 7 tokens"),
         ({"q_permutation": torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])}, "every token exactly once"),
@@ -287,8 +287,8 @@ def test_entries_behind_the_count_need_not_ascend():
         ({"kv_indices": torch.zeros(1, 2, 2, dtype=torch.int32)}, "kv_indices must be"),
         ({"kv_indices": torch.zeros(1, 1, 2, 2)}, "must be int32"),
         ({"kv_num_blocks": torch.zeros(1, 1, 2)}, "must be int32"),
-        ({"q": layout([0], [4], 4)}, "lists for 2 query blocks, layout has 1"),
-        ({"partial": ints(0, 0, 0, 0).view(1, 1, 2, 2)}, "give both or neither"),
+        ({"q": layout([0], [4], 4)}, r"query block of the layout \(1\), got 2"),
+        ({"partial": ints(0, 0, 0, 0).view(1, 1, 2, 2)}, "pass both or neither"),
         (
             {
                 "partial": torch.zeros(1, 1, 2, 1, dtype=torch.int32),
@@ -311,9 +311,9 @@ def test_entries_behind_the_count_need_not_ascend():
                 "q_permutation": torch.arange(8).expand(1, 3, 8),
                 "kv_log_weight": torch.zeros(1, 2, 8),
             },
-            r"disagree on heads: \[2, 3\]",
+            r"must have the same heads, got \[2, 3\]",
         ),
-        ({"kv_log_weight": torch.zeros(1, 1, 8, device="meta")}, "lives on one device"),
+        ({"kv_log_weight": torch.zeros(1, 1, 8, device="meta")}, "must be on one device"),
     ],
 )
 def test_a_plan_of_the_wrong_form_cannot_be_made(change, words):

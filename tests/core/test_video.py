@@ -54,10 +54,10 @@ def _with(value, frame=2):
         (np.zeros((2, 2, 3)), r"must be \[frames, height, width, 3\], got \(2, 2, 3\)"),
         (np.zeros((1, 3, 8, 8)), r"got \(1, 3, 8, 8\)"),
         (np.zeros((0, 8, 8, 3)), r"got \(0, 8, 8, 3\)"),
-        (_with(np.nan), "1 values are not finite, the first in frame 2"),
+        (_with(np.nan), "1 values are NaN or infinite, the first in frame 2"),
         (_with(-np.inf, 3), "the first in frame 3"),
-        (_with(1.5), r"must lie in \[0, 1\], these are in \[0, 1.5\]"),
-        (_with(-0.5), r"these are in \[-0.5, 0\]"),
+        (_with(1.5), r"must lie in \[0, 1\], got values in \[0, 1.5\]"),
+        (_with(-0.5), r"got values in \[-0.5, 0\]"),
     ],
 )
 def test_what_is_no_clip_is_refused(frames, words):
@@ -93,7 +93,7 @@ def test_an_existing_file_is_replaced_whole_or_kept(tmp_path):
     path = tmp_path / "clip.mp4"
     write_mp4(path, plain(RED), 8)
     before = path.read_bytes()
-    with pytest.raises(OSError, match=r"clip\.mp4: ffmpeg could not write it: .+"):
+    with pytest.raises(OSError, match=r"clip\.mp4: ffmpeg cannot write this file: .+"):
         write_mp4(path, plain(BLUE, 50, 64, 64), 0)  # ffmpeg refuses the rate and exits
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["clip.mp4"]

@@ -174,7 +174,7 @@ class _Wrong:
     ],
 )
 def test_methods_that_live_on_earlier_steps_are_refused(method, params):
-    with pytest.raises(DistillError, match=rf"rules\[0\]: {method} cannot be trained"):
+    with pytest.raises(DistillError, match=rf"rules\[0\]: {method} does not support training"):
         check_trainable(Strategy.single(method, **params))
 
 

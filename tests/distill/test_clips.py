@@ -61,32 +61,30 @@ def test_scaling_is_what_the_pipeline_undoes_before_decoding():
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(DistillError, match="no such folder"):
+    with pytest.raises(DistillError, match="folder not found"):
         list_clips(tmp_path / "nowhere")
-    with pytest.raises(DistillError, match="has no clips"):
+    with pytest.raises(DistillError, match="contains no clips"):
         list_clips(tmp_path)
     make_clips(tmp_path, 1, frames=5)
     assert list_clips(tmp_path) == [(tmp_path / "clip0.mp4", "clip 0")]
     assert len(read_frames(tmp_path / "clip0.mp4", 5)) == 5
-    with pytest.raises(DistillError, match="has 5 frames, wanted 9"):
+    with pytest.raises(DistillError, match=r"has 5 frames, but size\.num_frames is 9"):
         read_frames(tmp_path / "clip0.mp4", 9)
     (tmp_path / "clip0.txt").unlink()
-    with pytest.raises(DistillError, match=r"has no caption; wanted clip0\.txt"):
+    with pytest.raises(DistillError, match=r"has no caption; add clip0\.txt"):
         list_clips(tmp_path)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    with pytest.raises(DistillError, match="cannot be read as a video"):
+    with pytest.raises(DistillError, match="not a readable video"):
         read_frames(tmp_path / "bad.mp4", 1)
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(DistillError, match="cannot be read as a picture"):
+    with pytest.raises(DistillError, match="not a readable image"):
         read_frames(tmp_path / "bad.png", 1)
 
 
 def test_a_frame_of_gigabytes_is_refused_before_it_is_decoded(huge_picture, huge_video):
-    with pytest.raises(
-        DistillError, match=r"16000 x 16000 pixels .* 8192 x 8192.* are read; scale"
-    ):
+    with pytest.raises(DistillError, match=r"16000 x 16000 pixels .* 8192 x 8192.*; scale"):
         read_frames(huge_video, 1)
-    with pytest.raises(DistillError, match=r"cannot be read as a picture: Image size .* exceeds"):
+    with pytest.raises(DistillError, match=r"not a readable image: Image size .* exceeds"):
         read_frames(huge_picture, 1)
 
 
@@ -132,7 +130,9 @@ def test_fine_tuning_lowers_its_own_loss_and_resumes_to_the_bit(tmp_path):
 def test_a_clip_of_another_size_is_refused(tmp_path):
     clips = make_clips(tmp_path / "clips", 1)
     pipe, _ = setup.pipeline()
-    with pytest.raises(DistillError, match=r"encoded as \(16, 3, 8, 12\), the transformer takes"):
+    with pytest.raises(
+        DistillError, match=r"encoded as \(16, 3, 8, 12\), but the transformer expects"
+    ):
         encode_clips(
             pipe,
             [clips / "clip0.mp4"],

@@ -70,4 +70,4 @@ def test_the_command_says_that_it_is_a_forecast(tmp_path, capsys):
     assert "assumed:" in text
     path.write_text(path.read_text().replace("samples/wan-tiny", "nowhere"))
     assert main([str(path), "--forecast"]) == 1
-    assert "a forecast takes a folder or one of" in capsys.readouterr().err
+    assert "give a folder or one of" in capsys.readouterr().err

@@ -83,5 +83,5 @@ def test_a_log_without_room_or_of_something_else_is_one_line(tmp_path):
                 log.write({"iteration": 1, "student_loss": 0.3})
         log.path.unlink()
     (tmp_path / "log.csv").write_text("step,loss\nx,0.5\n")
-    with pytest.raises(DistillError, match=r"log\.csv: is not a log of this training.*delete it"):
+    with pytest.raises(DistillError, match=r"log\.csv: not a log of this training.*delete it"):
         Log(tmp_path, columns, 2, 3)

@@ -167,11 +167,14 @@ class Scheduler:
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
-        (Scheduler(prediction_type="sample"), "prediction_type 'sample' cannot be trained"),
-        (Scheduler(prediction_type="epsilon", use_flow_sigmas=True), "wanted flow_prediction"),
-        (Scheduler((500, 900), prediction_type="epsilon"), "must fall from step to step"),
-        (Scheduler((900, 500, 1), prediction_type="epsilon"), "one call a step"),
-        (Scheduler((900.5, 500), prediction_type="epsilon"), "no entries of its table"),
+        (
+            Scheduler(prediction_type="sample"),
+            "prediction_type 'sample' is not supported for training",
+        ),
+        (Scheduler(prediction_type="epsilon", use_flow_sigmas=True), "must be flow_prediction"),
+        (Scheduler((500, 900), prediction_type="epsilon"), "must decrease from step to step"),
+        (Scheduler((900, 500, 1), prediction_type="epsilon"), "one call per step"),
+        (Scheduler((900.5, 500), prediction_type="epsilon"), "not in its table"),
     ],
 )
 def test_a_scheduler_that_cannot_be_trained_is_named(scheduler, words):
@@ -194,7 +197,7 @@ def test_levels_of_another_spacing_than_the_timesteps_are_refused():
 
 
 def test_pipelines_that_start_from_a_picture_or_have_two_transformers_are_refused():
-    for name, words in (("wan_i2v", "starts from a picture"), ("wan_2.2", "2 transformers")):
+    for name, words in (("wan_i2v", "starts from an image"), ("wan_2.2", "2 transformers")):
         pipe, args = tiny.PIPELINES[name]()
         with pytest.raises(DistillError, match=words):
             record(pipe, args, steps=2)
@@ -202,7 +205,7 @@ def test_pipelines_that_start_from_a_picture_or_have_two_transformers_are_refuse
 
 def test_a_size_that_the_pipeline_refuses_is_said_in_its_words():
     pipe, args = tiny.wan()
-    with pytest.raises(DistillError, match=r"WanPipeline refuses this run: .*divisible by 16"):
+    with pytest.raises(DistillError, match=r"WanPipeline rejected this run: .*divisible by 16"):
         record(pipe, {**args, "height": 65}, steps=2)
     assert "forward" not in vars(pipe.transformer)
 

@@ -39,8 +39,11 @@ def test_what_accelerate_is_set_to_is_followed():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"fsdp_version": 1}, "wanted fsdp_version: 2"),
-        ({"cpu_ram_efficient_loading": True}, "wanted fsdp_cpu_ram_efficient_loading: false"),
+        ({"fsdp_version": 1}, "must contain fsdp_version: 2"),
+        (
+            {"cpu_ram_efficient_loading": True},
+            "must contain fsdp_cpu_ram_efficient_loading: false",
+        ),
         ({"activation_checkpointing": True}, r"train\.gradient_checkpointing does it"),
     ],
 )
@@ -50,16 +53,16 @@ def test_settings_that_would_not_be_followed_are_refused(changes, told):
 
 
 def test_deepspeed_is_refused():
-    with pytest.raises(DistillError, match="set to DEEPSPEED; wanted MULTI_GPU"):
+    with pytest.raises(DistillError, match="set to DEEPSPEED; must be MULTI_GPU"):
         read_sharding(accelerator("DEEPSPEED"))
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
-        ("wan", {"lora": None}, "lora: null trains whole copies"),
+        ("wan", {"lora": None}, "lora: null trains full copies"),
         ("pixart_sigma", {}, "PixArtSigmaPipeline has no save_lora_weights"),
-        ("wan", {"train": {"batch": 9, "micro_batch": 3}}, "wanted a multiple of 6"),
+        ("wan", {"train": {"batch": 9, "micro_batch": 3}}, "must be a multiple of 6"),
     ],
 )
 def test_runs_that_cannot_be_spread_are_refused(tmp_path, name, changes, told):

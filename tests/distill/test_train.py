@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
         save(tensors, path, notes)
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(DistillError, match="No space left on device; what stood there"):
+    with pytest.raises(DistillError, match="No space left on device; the previous content"):
         made.run()
     folder = tmp_path / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["iteration-00000001.safetensors"]
@@ -158,7 +158,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run(tmp_path, train={"iterations": 1})
-    with pytest.raises(DistillError, match=r"distill\.eta: 0\.9, now 0\.5; restore them.*--fresh"):
+    with pytest.raises(
+        DistillError, match=r"distill\.eta: 0\.9, now 0\.5; restore these inputs.*--fresh"
+    ):
         setup.trainer(tmp_path, train={"iterations": 2}, distill={"eta": 0.5}).run()
     made = setup.trainer(tmp_path, train={"iterations": 2})
     assert checkpoint.resume(tmp_path / "checkpoints", made.inputs, made.updates.values()) == 1

@@ -102,7 +102,7 @@ def test_a_machine_on_which_nothing_runs_is_a_problem(only_kernels):
     assert device.chosen is None
     assert device.kernels[0].reasons == ("needs a GPU", "needs bf16")
     assert device.kernels[0].check is None  # what cannot run is not tried
-    assert found.problems == ("cpu: no kernel can run; see the reasons above",)
+    assert found.problems == ("cpu: no kernel is available; see the reasons above",)
 
 
 def test_a_torchvision_that_cannot_be_imported_is_a_problem(tmp_path, monkeypatch):
@@ -125,4 +125,4 @@ def test_no_ffmpeg_is_a_problem(monkeypatch):
 
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", nothing)
     (problem,) = doctor.diagnose().problems
-    assert "no ffmpeg for mp4 files" in problem
+    assert "ffmpeg is required for mp4 files" in problem

@@ -178,7 +178,7 @@ def cli(*args):
 def test_command_line(tmp_path):
     result = cli("wan2.1-14b", "--strategy", "radial", "-o", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
-    assert "expected gain" in result.stdout
+    assert "expected speed-up" in result.stdout
     told = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
     assert told["size"]["grid"]["frames"] == 21
     assert told["worth_it"] is True
@@ -204,14 +204,14 @@ def test_every_method_at_a_published_size(tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["sora"], "no model is known as 'sora'"),
-        (["wan2.1-14b", "--height", "721"], "does not make whole latents"),
+        (["sora"], "unknown model name 'sora'"),
+        (["wan2.1-14b", "--height", "721"], "does not match the latent grid"),
         (["wan2.1-14b", "--strategy", "nothing"], "nothing"),
         (["flux.1-dev", "--strategy", "wan2.1-14b.720p.svg"], "made for WanTransformer3DModel"),
-        (["wan2.1-14b", "--bench", "README.md"], "no file that bench wrote"),
-        (["wan2.1-14b", "--bench", "README.md", "--efficiency", "1"], "give one"),
-        (["wan2.1-14b", "-o", "."], "not a file name"),
-        (["wan2.1-14b", "--all-methods", "--strategy", "radial"], "give one"),
+        (["wan2.1-14b", "--bench", "README.md"], "not a file written by dit-sparse bench"),
+        (["wan2.1-14b", "--bench", "README.md", "--efficiency", "1"], "use one of them"),
+        (["wan2.1-14b", "-o", "."], "must be a file name"),
+        (["wan2.1-14b", "--all-methods", "--strategy", "radial"], "use one of them"),
     ],
 )
 def test_bad_requests_are_refused(args, words):

@@ -290,7 +290,9 @@ def test_only_the_conditional_pass_is_looked_at(wan):
 
     assert observe_run(pipe, Strategy.single("dense"), args, {2}, look) == STEPS
     assert seen == [(2, "cond", 0, None, "dense"), (2, "cond", 1, None, "dense")]
-    with pytest.raises(StrategyError, match=r"nothing was seen at steps \[9\].*6 steps"):
+    with pytest.raises(
+        StrategyError, match=r"no attention call was observed at steps \[9\].*6 steps"
+    ):
         observe_run(pipe, Strategy.single("dense"), args, {9}, look)
 
 

@@ -154,19 +154,25 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["radial", "--grid", "3x4x5", "--model", "x", "--prompt", "y"], "give either --model"),
-        ([], "what is to be shown?"),
-        (["radial", "svg"], "a map is of one strategy"),
+        (
+            ["radial", "--grid", "3x4x5", "--model", "x", "--prompt", "y"],
+            "--model and --grid cannot be combined",
+        ),
+        ([], "nothing to inspect"),
+        (["radial", "svg"], "a map shows one strategy"),
         (["radial", "--grid", "0x4x5"], "frames, height, width >= 1"),
-        (["radial", "--grid", "99999x99999x99999"], "at most 4,000,000 are drawn"),
-        (["radial", "--grid", "3x4"], "wanted FRAMESxHEIGHTxWIDTH"),
-        (["radial", "--grid", "3x4x5", "--token", "3,0,0"], "outside of"),
-        (["radial", "--grid", "3x4x5", "--token", "a"], "wanted FRAME,ROW,COLUMN"),
+        (["radial", "--grid", "99999x99999x99999"], "the maximum is 4,000,000"),
+        (["radial", "--grid", "3x4"], "must be FRAMESxHEIGHTxWIDTH"),
+        (["radial", "--grid", "3x4x5", "--token", "3,0,0"], "outside the grid"),
+        (["radial", "--grid", "3x4x5", "--token", "a"], "must be FRAME,ROW,COLUMN"),
         (["radial", "--grid", "3x4x5", "--layer", "50"], "count from 0"),
         (["dense", "--grid", "3x4x5"], "is dense at step"),
-        (["radial", "--model", "samples/wan-tiny"], "--model needs --prompt"),
+        (["radial", "--model", "samples/wan-tiny"], "--model requires --prompt"),
         (["nothing", "--grid", "3x4x5"], "nothing"),
-        (["radial", "svg", "--grid", "3x4x5", "--set", "block_size=8"], "--set is for one"),
+        (
+            ["radial", "svg", "--grid", "3x4x5", "--set", "block_size=8"],
+            "--set requires exactly one",
+        ),
     ],
 )
 def test_bad_requests_are_refused(args, words, tmp_path):
@@ -177,7 +183,10 @@ def test_bad_requests_are_refused(args, words, tmp_path):
 
 
 def test_only_pictures_and_pages_are_written(tmp_path):
-    for name, words in (("x.gif", "a .html or .png file"), ("no/x.png", "does not exist")):
+    for name, words in (
+        ("x.gif", "must be a .html file, a .png file or a folder"),
+        ("no/x.png", "does not exist"),
+    ):
         result = cli("radial", "--grid", "3x4x5", "-o", tmp_path / name)
         assert result.exit_code == 2
         assert words in " ".join(result.stderr.split())

@@ -200,12 +200,12 @@ def test_a_profiled_file_has_its_figures(tmp_path, root):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["nothing.json"], "no such file"),
+        (["nothing.json"], "file not found"),
         (["."], "is a folder"),
-        (["wan-tiny.radial", "--model", "nowhere", "--prompt", "x"], "no model is known"),
+        (["wan-tiny.radial", "--model", "nowhere", "--prompt", "x"], "unknown model name"),
         (["flux.1-dev.4k.gna", "--model", "wan2.1-14b", "--prompt", "x"], "made for FluxTrans"),
-        (["wan-tiny.radial", "--model", "wan2.1-14b"], "--model needs --prompt"),
-        (["--model", "nowhere"], "no model is known"),
+        (["wan-tiny.radial", "--model", "wan2.1-14b"], "--model requires --prompt"),
+        (["--model", "nowhere"], "unknown model name"),
     ],
 )
 def test_bad_requests_are_one_line(args, words, tmp_path):

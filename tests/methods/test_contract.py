@@ -246,7 +246,7 @@ def test_params_travel_through_json(name):
         ("adaspa", {"search_steps": 0.1}, "search_steps: .*array, got 0.1"),
         ("adaspa", {"search_steps": [0.1, "b"]}, "search_steps: .*number"),
         ("adaspa", {"density": 7}, r"density must lie in \(0, 1\], got 7"),
-        ("radiall", {}, "unknown method 'radiall'; there are: adaspa, .*radial"),
+        ("radiall", {}, "unknown method 'radiall'; available methods: adaspa, .*radial"),
     ],
 )  # fmt: skip
 def test_bad_params_name_the_key(name, params, message):

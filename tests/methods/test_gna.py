@@ -352,13 +352,16 @@ def test_as_the_mask_of_rettention(size, rule, data):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"window": (3, 3)}, r"window must hold three counts .*got \[3, 3\]; try \[18, 24, 24\]"),
-        ({"window": (3, 0, 3)}, r"window must hold three counts from 1 to 1000000"),
-        ({"dilation": (0, 1, 1)}, r"dilation must hold three counts from 1 to 1000000"),
-        ({"stride": (1, 1)}, r"stride must hold three counts"),
+        (
+            {"window": (3, 3)},
+            r"window must contain three counts .*got \[3, 3\]; try \[18, 24, 24\]",
+        ),
+        ({"window": (3, 0, 3)}, r"window must contain three counts from 1 to 1000000"),
+        ({"dilation": (0, 1, 1)}, r"dilation must contain three counts from 1 to 1000000"),
+        ({"stride": (1, 1)}, r"stride must contain three counts"),
         ({"stride": (1, 25, 1)}, r"stride must not exceed window .*got \[1, 25, 1\]"),
-        ({"tile": (16, 16, 16)}, r"tile must hold at most 1024 tokens, .* = 4096; try"),
-        ({"tile": (4, 4, -8)}, r"tile must hold three counts from 1 to 1000000"),
+        ({"tile": (16, 16, 16)}, r"tile must contain at most 1024 tokens, .* = 4096; try"),
+        ({"tile": (4, 4, -8)}, r"tile must contain three counts from 1 to 1000000"),
     ],
 )
 def test_bad_params(params, message):

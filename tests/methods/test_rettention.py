@@ -191,27 +191,30 @@ def test_nested_params_travel_and_are_hashable():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"mask": "adaspa"}, "mask: 'adaspa' cannot be .*: it searches by dense calls of its own"),
-        ({"mask": "sparsed"}, "mask: 'sparsed' cannot be .*: it searches by dense calls"),
+        ({"mask": "adaspa"}, "mask: 'adaspa' cannot be .*: it searches with its own dense calls"),
+        (
+            {"mask": "sparsed"},
+            "mask: 'sparsed' cannot be .*: it searches with its own dense calls",
+        ),
         ({"mask": "dense"}, "mask: 'dense' cannot be .*: it keeps everything"),
         ({"mask": "rettention"}, "mask: 'rettention' cannot be .*: it refreshes"),
         (
             {"mask": "blade", "mask_params": {"pooled": 6}},
-            "mask: 'blade' cannot be .*: it compensates by itself",
+            "mask: 'blade' cannot be .*: it already compensates",
         ),
         (
             {"mask": "svg2", "mask_params": {"compensate": "means"}},
-            "mask: 'svg2' cannot be .*: it compensates by itself",
+            "mask: 'svg2' cannot be .*: it already compensates",
         ),
-        ({"mask": "centroid"}, "mask: 'centroid' cannot be .*: it compensates by itself"),
+        ({"mask": "centroid"}, "mask: 'centroid' cannot be .*: it already compensates"),
         (
             {
                 "mask": "composed",
                 "mask_params": {"compensate": "none", "score": "mass", "refresh": 4},
             },
-            "mask: 'composed' cannot be .*: it refreshes by dense calls of its own",
+            "mask: 'composed' cannot be .*: it refreshes with its own dense calls",
         ),
-        ({"mask": "x"}, "mask must name a method that chooses blocks, got 'x'; try 'window'"),
+        ({"mask": "x"}, "mask must be a method that chooses blocks, got 'x'; try 'window'"),
         ({"mask_params": {"decay": 1}}, "mask_params: unknown key 'decay'.*; radial takes: form"),
         ({"mask_params": {"decay_factor": 0}}, "mask_params: decay_factor must be .* above 0"),
         ({"mask_params": 3}, "mask_params: .*dict.*got 3|mask_params: .*object.*got 3"),

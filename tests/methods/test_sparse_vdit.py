@@ -352,10 +352,16 @@ def test_a_layer_of_five_patterns_is_one_launch_in_a_real_pipeline():
         ({"patterns": ()}, r"patterns must be .*; got \[\]"),
         ({"diagonal_density": 0.0}, r"diagonal_density must lie in \(0, 1\], got 0.0; try 0.25"),
         ({"multi_diagonal_density": 1.1}, r"multi_diagonal_density must lie in \(0, 1\], got 1.1"),
-        ({"stripes": ((0.5, 0.5),)}, r"stripes must hold pairs .*got \[0.5, 0.5\]"),
-        ({"stripes": ((0.5, 1.5),)}, r"stripes must hold pairs .*got \[0.5, 1.5\]"),
-        ({"frame_stripes": ((-0.1, 0.5),)}, r"frame_stripes must hold pairs .*got \[-0.1, 0.5\]"),
-        ({"patterns": "vertical_stripe", "stripes": ()}, "vertical_stripe needs stripes or frame"),
+        ({"stripes": ((0.5, 0.5),)}, r"stripes must contain pairs .*got \[0.5, 0.5\]"),
+        ({"stripes": ((0.5, 1.5),)}, r"stripes must contain pairs .*got \[0.5, 1.5\]"),
+        (
+            {"frame_stripes": ((-0.1, 0.5),)},
+            r"frame_stripes must contain pairs .*got \[-0.1, 0.5\]",
+        ),
+        (
+            {"patterns": "vertical_stripe", "stripes": ()},
+            "vertical_stripe requires stripes or frame",
+        ),
         ({"block_size": 0}, r"block_size must be a token count in \[1, 1024\], got 0"),
     ],
 )

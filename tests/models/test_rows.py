@@ -78,7 +78,7 @@ def test_a_row_says_truly_whether_there_is_text(name):
 
 @pytest.mark.parametrize("name", sorted(DECLINED))
 def test_a_declined_class_is_refused_with_its_reason(name):
-    with pytest.raises(dit_sparse.UnsupportedError, match="cannot be served") as raised:
+    with pytest.raises(dit_sparse.UnsupportedError, match="is not supported") as raised:
         family_by_name(name)
     assert DECLINED[name] in str(raised.value)
 
@@ -186,7 +186,7 @@ DENSE = {
             hidden_states=per_sample(48 + 24, 16),
             img_shapes=[[(1, 6, 8), (1, 4, 6)]],
         ),
-        "grid of this pass is not known",
+        "grid of this pass is unknown",
     ),
     "coordinates instead of a size": (
         *changed(
@@ -196,7 +196,7 @@ DENSE = {
             width=None,
             video_coords=lambda batch: torch.rand(batch, 3, 72),
         ),
-        "grid of this pass is not known",
+        "grid of this pass is unknown",
     ),
     "a reference picture": (
         *changed(
@@ -220,7 +220,7 @@ DENSE = {
             "BriaFibo2Transformer2DModel",
             context_latents=lambda batch: [per_sample(4, 4, 4, seed=9)(batch)],
         ),
-        "grid of this pass is not known",
+        "grid of this pass is unknown",
     ),
 }
 

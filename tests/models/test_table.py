@@ -22,34 +22,38 @@ START = "<!-- models: written by python -m tests.models.test_table -->\n"
 END = "<!-- models: end -->\n"
 TITLE = """# Models
 
-Written from the rows in `dit_sparse/pipelines/` by `python -m tests.models.test_table`;
-`dit-sparse methods --models` prints the same, with `--json` for programs.
+`python -m tests.models.test_table` generates this page from the rows in `dit_sparse/pipelines/`.
+`dit-sparse methods --models` prints the same data, with `--json` for programs.
 
-"Tried with" says how far each class was tried, always at tiny size and with random weights, as no
-real checkpoint could be fetched: either whole pipelines with every method
-([conformance](conformance.md)), or its transformer by itself (`tests/models/`): the dense strategy
-and the model before and after are bit for bit the same, keeping every block equals dense, a sparse
-run reports the grid, the text and the layers that were counted by hand, one token of the latents
-changes the one query at the place that the row says, and a batch of two begins like its first
-sample; "and a pipeline": one pipeline around it ran too, with the right steps and guidance
-branches in the report, and with the same latents afterwards. Random weights prove this and nothing
-about quality.
+The column "tested with" shows how each class was tested, always at tiny size and with random
+weights, because no real checkpoint could be downloaded:
+
+- "pipelines, every method": whole pipelines with every method ([conformance](conformance.md)).
+- "its transformer": the transformer alone (`tests/models/`). The dense strategy gives
+  bit-identical outputs, and so does the model before and after; keeping every block equals dense;
+  a sparse run reports the grid, text and layers that were counted by hand; changing one latent
+  token changes the one query at the position that the row implies; and the first sample of a batch
+  of two matches a single sample.
+- "and a pipeline": one pipeline with this transformer also ran, with the correct steps and
+  guidance branches in the report and the same latents afterwards.
+
+Random weights verify only this; they say nothing about quality.
 
 "Forecast at" is the size, height x width x frames, that `dit-sparse forecast` and
-`profile --dry-run` take for a model whose folder names none: what its pipeline makes where it is
-told none. These two and `retile` count what a transformer computes from its `config.json` alone;
-for a class with "no" they say why they cannot.
+`profile --dry-run` use if the model folder does not specify one. It is the default size of the
+pipeline. Both commands and `retile` count the computation of a transformer from its `config.json`
+only; for a class with "no" they report why this is not possible.
 
-Where frames x height x width + text is not the length of the sequence, or a mask hides more than
-the padding of the text, that call stays dense, and the report says why; with `strict=True` it
-raises.
+If frames x height x width + text does not equal the sequence length, or a mask hides more than the
+text padding, the call stays dense and the report gives the reason. With `strict=True` it raises an
+error.
 
 """
 BARE = """
-## A transformer by itself
+## A transformer without a pipeline
 
-`dit_sparse.enable(transformer, "radial", scheduler=scheduler)` serves a loop of your own: the step
-is read from the scheduler. Without one, tell it before each pass:
+`dit_sparse.enable(transformer, "radial", scheduler=scheduler)` supports your own sampling loop:
+the step is read from the scheduler. Without a scheduler, set the step before each forward pass:
 
     with dit_sparse.sparse_attention(transformer, "radial") as handle:
         for step, t in enumerate(timesteps):
@@ -58,18 +62,19 @@ is read from the scheduler. Without one, tell it before each pass:
 
 ## Checkpoints that were trained with sparse attention
 
-Kandinsky 5 checkpoints with `attention_type: "nabla"` and Kandinsky 6's super-resolution compute
-block-sparse attention by themselves, and so does a model whose attention has the gates of Video
-Sparse Attention (`to_gate_compress`): enabling is refused, as there is nothing left to gain and
-something to break. Published VSA checkpoints lose their gates when Diffusers loads them and run
-dense attention, for which they were not trained. They are known by name only (`FastWan2.1`,
-`VSA`), so they are warned of and not refused: whoever wants to measure it can.
+Kandinsky 5 checkpoints with `attention_type: "nabla"` and Kandinsky 6's super-resolution model
+already compute block-sparse attention, and so does a model whose attention has the gates of Video
+Sparse Attention (`to_gate_compress`). Enabling sparse attention on them raises an error, because
+it would not help and could break the model. Published VSA checkpoints lose their gates when
+Diffusers loads them, so they run dense attention, for which they were not trained. They can be
+recognised only by their names (`FastWan2.1`, `VSA`), so dit_sparse warns and does not raise; you
+can still measure them.
 
 ## A new class
 
-In `dit_sparse/pipelines/`, one row beside those of its token layout (`video_only.py`,
-`text_last.py`, `text_first.py`, `packed.py`) and one line in the table in `__init__.py`; one case
-in `tests/models/builders.py`; and this page written anew.
+Add one row in `dit_sparse/pipelines/`, in the file of its token layout (`video_only.py`,
+`text_last.py`, `text_first.py`, `packed.py`), and one line to the table in `__init__.py`. Add one
+case to `tests/models/builders.py`, then regenerate this page.
 """
 
 

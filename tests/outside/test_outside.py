@@ -206,12 +206,16 @@ def test_it_has_a_page(monkeypatch):
     ("name", "path", "words"),
     [
         ("radial", PATH, "method 'radial' is already dit_sparse.methods.radial:Radial"),
-        (NAME, "tests.outside.only_a_plan:OnlyAPlan", f"already {PATH}, so it cannot be tests"),
+        (
+            NAME,
+            "tests.outside.only_a_plan:OnlyAPlan",
+            f"already {PATH}, so it cannot be registered as tests",
+        ),
         ("Sliding", PATH, "lower-case letters, digits and underscores.*got 'Sliding'"),
         ("", PATH, "lower-case"),
         ("a=b", PATH, "lower-case"),
-        ("own", "own.py", "wanted 'package.module:Class', got 'own.py'"),
-        ("own", "own:", "wanted 'package.module:Class'"),
+        ("own", "own.py", "path must be 'package.module:Class', got 'own.py'"),
+        ("own", "own:", "path must be 'package.module:Class'"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(name, path, words):

@@ -219,7 +219,7 @@ def heads_of_mine(world: World) -> dict[str, Any]:
         )  # fmt: skip
     assert merged.density == pytest.approx(whole.density, rel=1e-6)
     handle.watch = lambda *_: None
-    with pytest.raises(dit_sparse.AttachError, match="part of the heads"):
+    with pytest.raises(dit_sparse.AttachError, match="only some of the heads"):
         tiny.run(pipe, args)
     return {}
 

@@ -75,7 +75,7 @@ def test_every_head_is_in_one_share(heads, processes):
         ("flux", RING, None, "part of the keys"),
         ("wan", SimpleNamespace(tp_degree=2), None, "tensor parallelism.*ulysses_degree"),
         ("wan", ContextParallelConfig(ulysses_degree=4), None, "does not divide its 2 heads"),
-        ("wan", ULYSSES, {"": {}}, "plan of your own.*leave cp_plan out"),
+        ("wan", ULYSSES, {"": {}}, "custom context parallel plan.*omit cp_plan"),
         ("hunyuan_video", ULYSSES, None, "no plan.*accelerate launch"),
         ("hunyuan_video", ULYSSES, {"": {}}, "no plan.*of your own"),
         ("cogvideox", ULYSSES, None, "no plan.*accelerate launch"),

@@ -104,7 +104,7 @@ def test_attaching_twice_names_what_is_attached(wan):
         dit_sparse.enable(pipe.transformer, "adaspa")
     assert pipe.sparse_attention.strategy.name == "radial"
     pipe.disable_sparse_attention()
-    with pytest.warns(UserWarning, match="nothing to disable"):
+    with pytest.warns(UserWarning, match="so it cannot be disabled"):
         pipe.disable_sparse_attention()
 
 
@@ -251,7 +251,7 @@ def test_concurrent_pipelines_do_not_share_state():
 def test_the_handle_is_a_context_manager_and_reports(wan):
     pipe, args, stock = wan
     with pipe.enable_sparse_attention("radial", **RADIAL) as handle:
-        assert "nothing has run yet" in handle.summary()
+        assert "no generation has run yet" in handle.summary()
         tiny.run(pipe, args)
         text = str(handle.report())
     assert "radial" in text
@@ -285,7 +285,7 @@ def test_a_mask_that_is_no_text_padding_is_declined_or_raises():
     with dit_sparse.sparse_attention(pipe, "radial", **RADIAL) as handle:
         tiny.run(pipe, args)
         reasons = handle.report().reasons
-    assert any("hides more than the padding" in reason for reason in reasons)
+    assert any("hides more than the text padding" in reason for reason in reasons)
     with (
         dit_sparse.sparse_attention(pipe, "radial", strict=True, **RADIAL),
         pytest.raises(dit_sparse.GeometryError, match="strict"),

@@ -74,7 +74,7 @@ def test_a_time_is_found_by_its_value(values, data):
         with pytest.raises(LookupError, match=f"steps {min(step, other)} to {max(step, other)} "):
             look_up(schedule[[step, other]], schedule)
         repeated = torch.cat([schedule, schedule[step:]])
-        with pytest.raises(LookupError, match="may be that of steps"):
+        with pytest.raises(LookupError, match="matches several steps"):
             look_up(now, repeated)
 
 
@@ -82,7 +82,7 @@ def test_a_rounded_time_may_stand_for_two_steps():
     schedule = torch.tensor([1000.0, 998.0, 500.0])
     assert look_up((schedule[2] / 1000).bfloat16(), schedule) == 2
     assert look_up(torch.tensor(998.0), schedule) == 1
-    with pytest.raises(LookupError, match="of steps 0 and 1"):
+    with pytest.raises(LookupError, match="of the schedule, 0 to 1"):
         look_up(torch.tensor(999.0).bfloat16(), schedule)
 
 
@@ -164,11 +164,11 @@ def test_frames_at_several_steps_are_declined():
         report = handle.report()
     assert not torch.equal(mixed, stock)  # its first and last passes are of one step
     assert {row["step"] for row in report.sparse_rows} == {0, 2, 3}
-    assert all("one pass holds steps" in reason for reason in report.reasons)
+    assert all("one pass contains steps" in reason for reason in report.reasons)
     assert {row["step"] for row in report.rows if row["reason"]} == {-1}
     with (
         dit_sparse.sparse_attention(pipe, "gna", strict=True, **GNA),
-        pytest.raises(dit_sparse.GeometryError, match=r"one pass holds steps 0 to 1 \(frames"),
+        pytest.raises(dit_sparse.GeometryError, match=r"one pass contains steps 0 to 1 \(frames"),
     ):
         tiny.run(pipe, forced, base_num_frames=33)
 
@@ -185,7 +185,7 @@ def test_samples_with_a_time_each_are_declined():
                 model(batch[0], times, batch[1])
         rows = handle.report().rows
     assert [row["step"] for row in rows] == [-1, -1, 2, 2]
-    assert "one pass holds steps 0 to 1" in rows[0]["reason"]
+    assert "one pass contains steps 0 to 1" in rows[0]["reason"]
 
 
 def test_what_is_in_no_schedule_is_not_step_0():
@@ -200,11 +200,11 @@ def test_what_is_in_no_schedule_is_not_step_0():
             model(*inputs)
         rows = handle.report().rows
     assert [row["step"] for row in rows] == [-1, -1, 1, 1]
-    assert "neither the scheduler nor the timestep" in rows[0]["reason"]
+    assert "cannot be determined from the scheduler or the timestep" in rows[0]["reason"]
     with (
         torch.no_grad(),
         dit_sparse.sparse_attention(model, "gna", scheduler=type(scheduler)(), strict=True, **GNA),
-        pytest.raises(dit_sparse.GeometryError, match="neither the scheduler"),
+        pytest.raises(dit_sparse.GeometryError, match="cannot be determined from the scheduler"),
     ):
         model(*inputs)
 

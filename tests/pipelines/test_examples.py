@@ -178,14 +178,14 @@ REFINER = {"patch_size": (1, 1, 1), "rope_axes_dim": (4, 6, 6)}
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        ("Kandinsky5Transformer3DModel", {"attention_type": "nabla"}, "cannot be served.*NABLA"),
+        ("Kandinsky5Transformer3DModel", {"attention_type": "nabla"}, "is not supported.*NABLA"),
         ("SkyReelsV2Transformer3DModel", {"num_frame_per_block": 3}, "num_frame_per_block"),
         (
             "HunyuanImageTransformer2DModel",
             {"patch_size": (1, 1, 1), "rope_axes_dim": (4, 6, 6)},
             "refiner",
         ),
-        ("SD3Transformer2DModel", {"num_layers": "many"}, "cannot be sized from this config"),
+        ("SD3Transformer2DModel", {"num_layers": "many"}, "cannot be counted with this config"),
     ],
 )
 def test_checkpoints_that_cannot_be_counted_are_refused(name, config, words):
@@ -194,7 +194,9 @@ def test_checkpoints_that_cannot_be_counted_are_refused(name, config, words):
 
 
 def test_pictures_have_one_frame():
-    with pytest.raises(UnsupportedError, match="makes pictures: 1 frame was wanted, got 17"):
+    with pytest.raises(
+        UnsupportedError, match="generates images, so the number of frames must be 1, got 17"
+    ):
         model_size({"_class_name": "SD3Transformer2DModel"}, 512, 512, 17)
 
 
@@ -293,12 +295,12 @@ def test_a_folder_without_a_size_is_forecast_at_its_pipeline_s(tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        (None, {"_class_name": "UNet2DModel"}, "no adapter for UNet2DModel"),
-        (None, {}, "no _class_name"),
+        (None, {"_class_name": "UNet2DModel"}, "UNet2DModel is not supported"),
+        (None, {}, "missing key '_class_name'"),
         (
             "HeliosTransformer3DModel",
             {"_class_name": "HeliosTransformer3DModel"},
-            "chunk by chunk",
+            "in chunks",
         ),
     ],
 )

@@ -111,18 +111,18 @@ def test_every_family_can_be_counted():
 
 
 def test_what_cannot_be_counted_is_said():
-    with pytest.raises(UnsupportedError, match="no adapter for UNet2DModel"):
+    with pytest.raises(UnsupportedError, match="UNet2DModel is not supported"):
         model_size({"_class_name": "UNet2DModel"}, 64, 64)
     wan = known_model("wan2.1-14b").config
     with pytest.raises(
-        UnsupportedError, match=r"multiples of 8, frames 1 more than a multiple of"
+        UnsupportedError, match=r"multiples of 8, and frames one more than a multiple of"
     ):
         model_size(wan, 720, 1284, 81)
-    with pytest.raises(UnsupportedError, match=r"frames 1 more"):
+    with pytest.raises(UnsupportedError, match=r"frames one more"):
         model_size(wan, 720, 1280, 80)
-    with pytest.raises(UnsupportedError, match="cannot be sized from this config"):
+    with pytest.raises(UnsupportedError, match="cannot be counted with this config"):
         model_size(wan | {"num_layers": "many"}, 720, 1280, 81)
-    with pytest.raises(UnsupportedError, match="no model is known as 'sora'; there are"):
+    with pytest.raises(UnsupportedError, match="unknown model name 'sora'; known names:"):
         known_model("sora")
 
 

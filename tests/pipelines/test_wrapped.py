@@ -295,7 +295,7 @@ def test_a_declined_class_stays_declined_under_another_name():
             nn.Module.__init__(self)
 
     for model in (MyFramepack(), Wrapper(MyFramepack())):
-        with pytest.raises(dit_sparse.UnsupportedError, match="packs frames of history"):
+        with pytest.raises(dit_sparse.UnsupportedError, match="places history frames"):
             dit_sparse.enable(model, "radial")
 
 
@@ -314,5 +314,5 @@ def test_data_parallel_serves_one_copy():
             model(**inputs)
         assert handle.report().density < 1
         replica = pipe.transformer._replicate_for_data_parallel()  # as it does for each GPU
-        with pytest.raises(dit_sparse.AttachError, match="one process a GPU"):
+        with pytest.raises(dit_sparse.AttachError, match="one process per GPU"):
             replica(**inputs)

@@ -133,7 +133,9 @@ def test_the_command_tells_by_its_exit_code(files, tmp_path):
     assert "0, 2" in differ.stdout
     assert "5-9" in differ.stdout
     assert "pooled" in differ.stdout
-    assert "8.3% of all head-steps differ" in differ.stdout  # 1 layer x 2 heads x 5 of 3 x 4 x 10
+    assert (
+        "8.3% of all (head, step) pairs differ" in differ.stdout
+    )  # 1 layer x 2 heads x 5 of 3 x 4 x 10
     assert cli("wan2.1-14b.720p.svg", "wan2.1-14b.720p.svg").exit_code == 0
 
 
@@ -171,12 +173,12 @@ def test_the_model_says_how_many_layers_there_are(tmp_path, root):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"schema_version": 1, "name": "x"', "cut short"),
+        ('{"schema_version": 1, "name": "x"', "truncated"),
         ('{"schema_version": 1, "name": "x", "rule": []}', "did you mean 'rules'"),
         ('{"schema_version": 1, "name": "x", "rules": [{"method": "radial", "layers": [99999999999999999999999]}]}',  # noqa: E501
          "too large"),
         ('{"schema_version": 2, "name": "x"}', "too old"),
-        ("[]", "wanted a JSON object"),
+        ("[]", "must contain a JSON object"),
     ],
 )  # fmt: skip
 def test_bad_files_are_one_line(files, tmp_path, content, words):
@@ -192,10 +194,10 @@ def test_bad_files_are_one_line(files, tmp_path, content, words):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["nothing", "radial"], "is called 'nothing'"),
+        (["nothing", "radial"], "is named 'nothing'"),
         (["", "radial"], "got ''"),
         ([".", "radial"], "is a folder"),
-        (["radial", "radial", "--model", "nowhere"], "no model is known"),
+        (["radial", "radial", "--model", "nowhere"], "unknown model name"),
         (["flux.1-dev.4k.gna", "radial", "--model", "wan2.1-14b"], "made for FluxTransformer2D"),
     ],
 )

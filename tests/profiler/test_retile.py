@@ -84,7 +84,7 @@ def test_our_own_methods_state_why_params_stay(name):
 def test_shipped_strategies_can_be_fitted(name, tmp_path):
     strategy = Strategy.load(name)
     if strategy.grid is None:
-        with pytest.raises(ProfileError, match="grid: names none"):
+        with pytest.raises(ProfileError, match="grid: missing"):
             retile(strategy, LatentsGrid(1, 2, 3))
         return
     old = strategy.grid
@@ -316,7 +316,7 @@ def test_the_command_writes_a_file(tmp_path):
     assert result.exit_code == 0, result.output
     assert "key_clusters 1000 -> 433" in result.stdout
     assert "not measured there" in result.stdout
-    assert "top_p and floor are shares" in result.stdout
+    assert "top_p and floor are fractions" in result.stdout
     made = Strategy.load(output)
     assert made.grid == Grid(frames=21, height=30, width=52)
     assert made.name == "new"
@@ -343,9 +343,12 @@ def test_an_existing_file_is_kept_unless_told(root, tmp_path):
         ((), "--height, --width or --frames"),
         (("--height", 99999999), "'--height': .*(less than or equal to |<=)16384"),
         (("--height", 96, "--model", "hunyuan-video"), "made for WanTransformer3DModel"),
-        (("--height", 97, "--width", 96, "--model", "wan2.1-1.3b"), "does not make whole latents"),
-        (("--height", 96), r"which model is it for\?"),
-        (("--height", 96, "--model", "nowhere"), "no model is known as 'nowhere'"),
+        (
+            ("--height", 97, "--width", 96, "--model", "wan2.1-1.3b"),
+            "does not match the latent grid",
+        ),
+        (("--height", 96), "the model is unknown"),
+        (("--height", 96, "--model", "nowhere"), "unknown model name 'nowhere'"),
     ],
 )
 def test_bad_sizes_and_models_are_refused(args, words, tmp_path):
@@ -357,7 +360,12 @@ def test_bad_sizes_and_models_are_refused(args, words, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("x.txt", ".json"), ("no/x.json", "does not exist"), ("", "is a folder"), (None, "-o FILE")],
+    [
+        ("x.txt", ".json"),
+        ("no/x.json", "does not exist"),
+        ("", "is a folder"),
+        (None, "-o is missing"),
+    ],
 )
 def test_bad_outputs_are_refused(name, words, tmp_path):
     folder = tmp_path / "a.json"
@@ -372,7 +380,7 @@ def test_bad_files_are_refused(searched, tmp_path):
     text = (searched / "small.json").read_text()
     data = json.loads(text)
     bad = {
-        "cut short": text[:200],
+        "truncated": text[:200],
         "unknown key 'widths'": json.dumps({**data, "widths": 1}),
         "is too large": text.replace('"height": 4', '"height": 9' + "9" * 40),
         "1000000": text.replace('"height": 4', '"height": 99999999999'),
@@ -384,8 +392,8 @@ def test_bad_files_are_refused(searched, tmp_path):
         assert result.exit_code == 2, result.output
         assert "bad.json" in result.stderr
         assert words in result.stderr
-    for path, words in ((tmp_path, "is a folder"), ("radial", "grid: names none"),
-                        (tmp_path / "no.json", "no such file")):  # fmt: skip
+    for path, words in ((tmp_path, "is a folder"), ("radial", "grid: missing"),
+                        (tmp_path / "no.json", "file not found")):  # fmt: skip
         result = cli(path, "--height", 96, "-o", tmp_path / "x.json")
         assert result.exit_code == 2
         assert words in result.stderr
@@ -397,8 +405,8 @@ def test_a_bad_check_is_refused(searched, tmp_path):
     Strategy.load(searched / "large.json").save(bare)
     small = searched / "small.json"
     for check, words in (
-        (bare, "holds no measurements"),
-        (tmp_path / "no.json", "no such file"),
+        (bare, "no measurements in"),
+        (tmp_path / "no.json", "file not found"),
         (tmp_path, "is a folder"),
     ):
         result = cli(small, "--check", check)
@@ -410,7 +418,7 @@ def test_a_bad_check_is_refused(searched, tmp_path):
     (tmp_path / "other.measured").symlink_to(searched / "large.measured")
     result = cli(small, "--check", tmp_path / "other.json")
     assert result.exit_code == 2
-    assert "is for another model" in result.stderr
+    assert "model does not match" in result.stderr
     unit = tmp_path / "bare.measured"
     unit.mkdir()
     setup = json.loads((searched / "large.measured" / "setup.json").read_text())

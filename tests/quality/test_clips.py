@@ -146,7 +146,7 @@ def test_rounding_just_outside_the_range_is_clipped():
         ([], "got list"),
         (None, "got NoneType"),
         ([np.zeros((5, 5, 3), np.uint8), np.zeros((5, 6, 3), np.uint8)], "frame 1 is 6 x 5"),
-        ([Image.new("I;16", (4, 4))], "8-bit RGB was wanted, this is mode I;16"),
+        ([Image.new("I;16", (4, 4))], "must be 8-bit RGB, got mode I;16"),
         ([Image.new("RGBA", (4, 4), (1, 2, 3, 9))], "partly transparent"),
     ],
 )
@@ -155,7 +155,7 @@ def test_things_that_are_no_clip(source, words):
 
 
 def test_paths_that_are_no_clip(tmp_path):
-    refused(tmp_path / "nowhere.mp4", "no such file or folder")
+    refused(tmp_path / "nowhere.mp4", "file or folder not found")
     refused(tmp_path, "has no images")
     empty = tmp_path / "empty.mp4"
     empty.touch()
@@ -165,19 +165,19 @@ def test_paths_that_are_no_clip(tmp_path):
     refused(text, "text.mp4", "not a video that ffmpeg can read")
     other = tmp_path / "clip.txt"
     other.write_text("x")
-    refused(other, "not a file type that is read here", ".mp4")
+    refused(other, "unsupported file type", ".mp4")
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"PK\x03\x04 nothing")
-    refused(broken, "broken.npz: not readable as numpy's format")
+    refused(broken, "broken.npz: must be a NumPy file")
     np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
-    refused(tmp_path / "two.npz", "one called frames")
+    refused(tmp_path / "two.npz", "an array named frames")
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object))
     refused(tmp_path / "pickled.npy", "pickled.npy")  # and its pickle was not run
     (tmp_path / "frames").mkdir()
     Image.fromarray(moving(1)[0]).save(tmp_path / "frames" / "0.png")
     data = (tmp_path / "frames" / "0.png").read_bytes()
     (tmp_path / "frames" / "1.png").write_bytes(data[: len(data) // 2])
-    refused(tmp_path / "frames", "1.png: not a picture that can be read")
+    refused(tmp_path / "frames", "1.png: not a readable image")
 
 
 def test_names_that_look_like_options_or_protocols(tmp_path, monkeypatch):
@@ -206,12 +206,12 @@ def test_a_cut_off_file_is_an_error_though_ffmpeg_says_none(faststart, tmp_path)
     path.write_bytes(data[: len(data) // 2])
     plain = [ffmpeg(), "-v", "quiet", "-i", path, "-f", "null", "-"]
     assert subprocess.run(plain, check=False).returncode == 0  # by itself it takes what is there
-    refused(path, "cut.mp4: damaged or cut off after ", " whole frames", "copy it again")
+    refused(path, "cut.mp4: damaged or truncated after ", " complete frames", "copy it again")
 
 
 def test_a_frame_of_gigabytes_is_refused_before_it_is_decoded(huge_picture, huge_video):
-    refused(huge_video, "huge.mkv: its header says 16000 x 16000 pixels", "as 8192 x 8192")
-    refused(huge_picture, "huge.png: not a picture that can be read: Image size", "exceeds")
+    refused(huge_video, "huge.mkv: its header declares 16000 x 16000 pixels", "as 8192 x 8192")
+    refused(huge_picture, "huge.png: not a readable image: Image size", "exceeds")
 
 
 def test_a_file_without_its_index(film, tmp_path):
@@ -226,7 +226,7 @@ def test_flipped_bits_are_an_error_though_all_frames_come(faststart, tmp_path):
         data[place] ^= 0x55
     path = tmp_path / "rot.mp4"
     path.write_bytes(data)
-    refused(path, "rot.mp4: damaged or cut off after")
+    refused(path, "rot.mp4: damaged or truncated after")
 
 
 def test_a_cut_off_lossless_recording_is_an_error(tmp_path):
@@ -242,7 +242,7 @@ def test_a_file_that_changes_between_checking_and_reading(tmp_path):
     write_exact(path, moving(8), 10)
     clip = open_clip(path)
     write_exact(path, moving(5), 10)
-    with pytest.raises(QualityInputError, match="gave 5 frames, 8 when it was checked"):
+    with pytest.raises(QualityInputError, match="gave 5 frames, 8 when it was first checked"):
         list(clip.read())
 
 

@@ -164,9 +164,11 @@ def test_json_is_strict_and_every_row_has_a_definition():
 
 
 def test_names_of_rows_are_checked_before_any_work():
-    with pytest.raises(QualityInputError, match="metric 'snr' is not one of: all, psnr"):
+    with pytest.raises(
+        QualityInputError, match="metric 'snr' is unknown; available metrics: all, psnr"
+    ):
         compare("nowhere.mp4", "nowhere.mp4", metrics=["snr"])
-    with pytest.raises(QualityInputError, match="compat 'x' is not one of: svg"):
+    with pytest.raises(QualityInputError, match="compat 'x' is unknown; available: svg"):
         compare("nowhere.mp4", "nowhere.mp4", compat=["x"])
     assert set(DEFAULT) <= set(kinds())
     assert set(chosen(["all"])) == set(kinds())
@@ -194,18 +196,21 @@ def test_a_gate_on_a_row_without_a_number_fails():
     one = moving(1)
     found = compare(one, one, metrics=CHEAP, gates=["motion_ratio>=0.5"])
     assert found.passed is False
-    assert found.verdicts[0].reason == "needs 2 frames, the clips have 1"
+    assert found.verdicts[0].reason == "requires at least 2 frames, but the clips have 1"
 
 
 @pytest.mark.parametrize(
     ("gate", "words"),
     [
-        ("psnr>25", "wanted METRIC>=NUMBER"),
-        ("psnr>=lots", "wanted METRIC>=NUMBER"),
-        ("psnr>=nan", "wanted METRIC>=NUMBER"),
-        ("psnr=>3", "wanted METRIC>=NUMBER"),
-        ("vmaf>=80", "'vmaf' is not measured here; measured are: psnr, ssim, motion_ratio"),
-        ("psnr.best>=3", "'psnr.best' is not measured here"),
+        ("psnr>25", "must be METRIC>=NUMBER"),
+        ("psnr>=lots", "must be METRIC>=NUMBER"),
+        ("psnr>=nan", "must be METRIC>=NUMBER"),
+        ("psnr=>3", "must be METRIC>=NUMBER"),
+        (
+            "vmaf>=80",
+            "'vmaf' is not measured in this run; measured metrics: psnr, ssim, motion_ratio",
+        ),
+        ("psnr.best>=3", "'psnr.best' is not measured in this run"),
     ],
 )
 def test_gates_that_cannot_be_read(gate, words):
@@ -237,7 +242,10 @@ def test_latents():
     assert found.rows["latent_rel_l2"].value == pytest.approx(float(gap))
     bad = one.clone()
     bad[0, 0, 0, 0, 0] = math.nan
-    for pair, words in (((one, one[:, :2]), "differ in shape"), ((one, bad), "1 values of the")):
+    for pair, words in (
+        ((one, one[:, :2]), "must have the same shape"),
+        ((one, bad), "1 values of the"),
+    ):
         with pytest.raises(QualityInputError, match=words):
             compare(moving(), moving(), metrics=["psnr"], latents=pair)
 

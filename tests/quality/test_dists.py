@@ -87,8 +87,8 @@ def test_missing_and_wrong_numbers(files, monkeypatch, tmp_path):
     assert row.status == "skipped"
     assert "pip install --no-deps torchmetrics" in row.reason
     torch.save({"alpha": torch.ones(9), "beta": torch.ones(9)}, tmp_path / "x.pt")
-    with pytest.raises(QualityInputError, match="have 9 and 9 numbers, wanted 1475 each"):
+    with pytest.raises(QualityInputError, match="have 9 and 9 numbers, expected 1475 each"):
         weights.find_dists(tmp_path / "x.pt")
     torch.save({"alpha": torch.ones(9)}, tmp_path / "y.pt")
-    with pytest.raises(QualityInputError, match="has no alpha and beta"):
+    with pytest.raises(QualityInputError, match="contains no alpha and beta"):
         weights.find_dists(tmp_path / "y.pt")

@@ -151,11 +151,11 @@ def test_jobs_split_over_processes_cover_everything_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompts": ()}, "no prompts were given"),
-        ({"seeds": (1, 1)}, "seeds: '1' is there twice"),
-        ({"strategies": {}}, "no strategies were given"),
-        ({"strategies": {"dense": {}}}, "not dense or floor"),
-        ({"strategies": {"a/b": {}}}, "its name becomes a file's name"),
+        ({"prompts": ()}, "prompts: at least one is required"),
+        ({"seeds": (1, 1)}, "seeds: duplicate value '1'"),
+        ({"strategies": {}}, "strategies: at least one is required"),
+        ({"strategies": {"dense": {}}}, "must not be 'dense' or 'floor'"),
+        ({"strategies": {"a/b": {}}}, "its name is used as a file name"),
     ],
 )
 def test_setups_that_make_no_sense(change, words):
@@ -246,7 +246,7 @@ def test_the_summary_says_what_makes_numbers_worthless(done):
     notes = " ".join(summarise(SETUP, {**found, "half": alike, FLOOR: alike}).notes)
     assert "half: 4 of 4 clips are identical to the dense ones" in notes
     assert "stayed dense: the mask is not understood" in notes
-    assert "bounds nothing" in notes
+    assert "gives no bound" in notes
 
 
 def test_a_busy_machine_is_said(done):

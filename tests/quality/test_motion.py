@@ -118,5 +118,8 @@ def test_one_frame_has_no_motion():
     frame = wide(1)
     found = rows(frame, frame)
     for name in ("psnr_temporal", "motion_ratio", "vbench.temporal_flickering"):
-        assert found[name].as_dict()["status"] == "n/a: needs 2 frames, the clips have 1"
+        assert (
+            found[name].as_dict()["status"]
+            == "n/a: requires at least 2 frames, but the clips have 1"
+        )
     assert found["psnr"].value == 100

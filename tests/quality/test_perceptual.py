@@ -119,7 +119,7 @@ def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(QualityInputError, match="not the weights of vgg"):
         find_weights("vgg", path)
     (tmp_path / "x.pth").write_bytes(b"nothing")
-    with pytest.raises(QualityInputError, match=r"x\.pth: not a file of weights"):
+    with pytest.raises(QualityInputError, match=r"x\.pth: not a weights file"):
         find_weights("alex", tmp_path / "x.pth")
 
 

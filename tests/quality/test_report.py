@@ -185,10 +185,10 @@ def test_a_failed_write_leaves_an_earlier_report_alone(written, tmp_path, monkey
 
 def test_folders_that_cannot_take_a_report(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(QualityInputError, match="cannot be a folder for the report"):
+    with pytest.raises(QualityInputError, match="cannot be created as a report folder"):
         check_folder(tmp_path / "file", overwrite=False)
     (tmp_path / "report.md").touch()
-    with pytest.raises(QualityInputError, match=r"already has report\.md; add --overwrite"):
+    with pytest.raises(QualityInputError, match=r"already contains report\.md; add --overwrite"):
         check_folder(tmp_path, overwrite=False)
     check_folder(tmp_path, overwrite=True)
 

@@ -301,15 +301,17 @@ def test_what_is_not_understood_is_dense_and_says_so(comfy, tmp_path):
     plain = model.run(tokens=GRID.tokens + 6)  # a reference frame before the video
     Strategy.single("gna", window=(1, 3, 3), tile=(1, 4, 4)).save(tmp_path / "s.json")
     (patched,) = comfy.DitSparseAttention().patch(model, str(tmp_path / "s.json"))
-    with pytest.warns(UserWarning, match="dense from here on: .*= 72 tokens, attention has 78"):
+    with pytest.warns(
+        UserWarning, match="dense from now on: .*has 72 tokens, but attention was called with 78"
+    ):
         torch.testing.assert_close(patched.run(tokens=GRID.tokens + 6), plain, rtol=0, atol=0)
     (strict,) = comfy.DitSparseAttention().patch(model, "gna", strict=True)
-    with pytest.raises(GeometryError, match="attention has 78"):
+    with pytest.raises(GeometryError, match="attention was called with 78"):
         strict.run(tokens=GRID.tokens + 6)
     options = dict(patched.model_options["transformer_options"])
     q = tiny.normal(1, GRID.tokens, HEADS * WIDTH)
     known = {"dit_sparse_layer": 0, "grid_sizes": torch.Size((3, 4, 6)), **options}
-    with pytest.warns(UserWarning, match="the step of this call is not known"):
+    with pytest.warns(UserWarning, match="the step of this call is unknown"):
         out = attention(q, q, q, HEADS, transformer_options=known)
     assert torch.equal(out, attention(q, q, q, HEADS))
     known |= {"sigmas": torch.ones(1), "sample_sigmas": torch.tensor([1.0, 0.0])}

@@ -117,10 +117,13 @@ def dense(query, key, value, scale):
     ("change", "reason"),
     [
         ({"latent_shape": None}, "grid of tokens"),
-        ({"denoise_step_idx": None}, "the step of this call is not known"),
-        ({"latent_shape": torch.tensor([[3, 8, 14]])}, "= 84 tokens, attention has 72"),
+        ({"denoise_step_idx": None}, "the step of this call is unknown"),
+        (
+            {"latent_shape": torch.tensor([[3, 8, 14]])},
+            "has 84 tokens, but attention was called with 72",
+        ),
         ({"latent_shape": torch.tensor([[3, 8, 12], [6, 4, 12]])}, "grid of tokens"),  # batch of 2
-        ({"denoise_step_idx": torch.tensor([0, 1])}, "the step of this call is not known"),
+        ({"denoise_step_idx": torch.tensor([0, 1])}, "the step of this call is unknown"),
     ],
 )
 def test_what_is_not_understood_is_dense_and_says_so(plugin, change, reason):
@@ -140,7 +143,7 @@ def test_older_geometry_and_text(plugin):
     q, k, v = inputs(tokens=72 + 5)
     state = {"denoise_step_idx": 0, "total_denoise_steps": 1}
     told = {**state, "total_latent_frames": 3, "patches_per_frame": 24}
-    with pytest.warns(UserWarning, match="grid of tokens of this call is not known"):
+    with pytest.warns(UserWarning, match="grid of tokens of this call is unknown"):
         dispatch(plugin, q, k, v, STATIC, told, 0.3)
     text = {**STATIC, "grid_width": 6, "text_length": 5, "text_first": True, "strict": True}
     one = dispatch(plugin, q, k, v, text, told, 0.3)
@@ -186,7 +189,9 @@ def test_calls_that_are_no_plain_self_attention(plugin, tmp_path):
     ):
         Strategy(name="heads", rules=(rule,)).save(tmp_path / "h.json")
         of_four = {**state, "num_heads": 4, "strategy": str(tmp_path / "h.json")}
-        with pytest.raises(GeometryError, match="heads names single heads of 4, this call has 2"):
+        with pytest.raises(
+            GeometryError, match="heads has rules for individual heads of 4, but this call has 2"
+        ):
             plugin(q, k, v, of_four)
         plugin.sessions.clear()
     plugin(q, k, v, {**state, "num_heads": 4})

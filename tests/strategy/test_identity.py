@@ -79,9 +79,9 @@ def test_one_change_in_any_component_is_named(model, identity, tmp_path, named):
     assert differences(identity, plain(pipeline_identity(load(other)))) == []  # paths do not count
     CHANGES[named](other)
     found = changed({"pipeline": identity}, {"pipeline": pipeline_identity(load(other))}, "clips")
-    assert found.startswith(f"holds clips made with other inputs: {named}")
+    assert found.startswith(f"contains clips made with other inputs: {named}")
     assert found.count(", now ") == 1
-    assert found.endswith("add --fresh (fresh=True) to drop these clips")
+    assert found.endswith("add --fresh (fresh=True) to delete these clips")
 
 
 def test_a_generation_does_not_change_the_identity(model, identity):
@@ -161,7 +161,7 @@ def test_call_arguments_count_by_content():
 
 def test_results_of_an_earlier_version_are_refused():
     found = changed(None, {"a": 1}, "measurements")
-    assert found.startswith("holds measurements of an earlier version of dit-sparse")
+    assert found.startswith("contains measurements from an earlier version of dit-sparse")
     assert "--fresh" in found
 
 
@@ -169,7 +169,7 @@ def test_a_script_records_an_identity_and_holds_to_it(tmp_path):
     path = tmp_path / "inputs.json"
     assert remember(path, {"steps": (1, 2)}, "clips") is None
     assert remember(path, {"steps": (1, 2)}, "clips") is None
-    assert "holds clips made with other inputs: steps[1]: 2, now 3" in remember(
+    assert "contains clips made with other inputs: steps[1]: 2, now 3" in remember(
         path, {"steps": (1, 3)}, "clips"
     )
     for damaged in ("{", '{"steps": ["\\u001b[2J"]}'):

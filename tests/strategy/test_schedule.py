@@ -63,7 +63,7 @@ def test_published_fractions(f, steps):
         ({"dense_layers": 2}, r"the first 2 are \[0, 1\]"),
         ({"dense_layers": 0}, r"the first 0 are \[\]"),
         ({"dense_layers": 40}, r"the first 40 are \[0, 1, 2, ...\]"),
-        ({"dense_layers": [0, 0]}, "names 0 twice"),
+        ({"dense_layers": [0, 0]}, "names 0 more than once"),
         ({"dense_layers": [-1]}, "whole number from 0 to [0-9]*, got -1"),
         ({"dense_layers": "all"}, "must be a list of indices, got 'all'"),
         ({"dense_layer": [0]}, "dense_layer"),

@@ -246,23 +246,23 @@ def test_options_of_a_file_void_what_was_measured():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Strategy.single("radial", decay=1), "radial: unknown option 'decay'; there are radial: form, decay_factor, block_size, sink, compensate; schedule: dense_warmup_steps, dense_last_steps, dense_layers"),
-        (lambda: Strategy.single("dense", decay=1), "dense: unknown option 'decay'; there are schedule:"),
+        (lambda: Strategy.single("radial", decay=1), "radial: unknown option 'decay'; options are radial: form, decay_factor, block_size, sink, compensate; schedule: dense_warmup_steps, dense_last_steps, dense_layers"),
+        (lambda: Strategy.single("dense", decay=1), "dense: unknown option 'decay'; options are schedule:"),
         (lambda: Strategy.single("radiall"), "unknown method 'radiall'"),
         (lambda: Strategy.single("radial", decay_factor="x"), r"rules\[0\].params: decay_factor: .*got 'x'"),
-        (lambda: Strategy.single("radial", decay_factor=object()), "plain JSON"),
+        (lambda: Strategy.single("radial", decay_factor=object()), "valid JSON"),
         (lambda: Strategy.single("radial", dense_layers=2), "schedule.dense_layers: .* first 2 are"),
-        (lambda: Strategy.from_dict({"schema_version": 1, "name": "two", "rules": [{"method": "radial"}, {"method": "adaspa"}]}).with_options(sink=False), r"unknown option 'sink'; there are several methods \(adaspa, radial\)"),
+        (lambda: Strategy.from_dict({"schema_version": 1, "name": "two", "rules": [{"method": "radial"}, {"method": "adaspa"}]}).with_options(sink=False), r"unknown option 'sink'; change the params of several methods \(adaspa, radial\)"),
         (lambda: Strategy.coerce("wan-tiny.radail"), "did you mean wan-tiny.radial"),
         (
             lambda: Strategy.coerce("radiall"),
             r"did you mean .*radial.* Shipped: .*wan-tiny.adaspa.*Methods: adaspa, .*dense, .*radial",
         ),
-        (lambda: Strategy.coerce("./nowhere/x.json"), "nowhere/x.json: no such file"),
-        (lambda: Strategy.coerce(Path("nowhere.json")), "nowhere.json: no such file"),
+        (lambda: Strategy.coerce("./nowhere/x.json"), "nowhere/x.json: file not found"),
+        (lambda: Strategy.coerce(Path("nowhere.json")), "nowhere.json: file not found"),
         (lambda: Strategy.coerce("some-one/no-such-strategy"), "some-one/no-such-strategy: no sparse_strategy.json"),
-        (lambda: Strategy.coerce(5), "a strategy is wanted: .* got int"),
-        (lambda: Strategy.coerce(None), "a strategy is wanted: .* got NoneType"),
+        (lambda: Strategy.coerce(5), "strategy must be a name.* got int"),
+        (lambda: Strategy.coerce(None), "strategy must be a name.* got NoneType"),
         (lambda: Strategy.coerce({}), "schema_version: must be 1, got 'nothing'"),
         (lambda: Strategy.coerce("a\0b"), "not a path|no strategy file"),
         (lambda: Strategy.coerce("x" * 5000), "not a path|no strategy file"),
@@ -295,7 +295,7 @@ GOOD = {"schema_version": 1, "name": "good", "rules": [{"method": "radial"}, {"m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nam": 1}, "x.json: unknown key 'nam' .did you mean 'name'..; there are: schema_version"),
+        ({"nam": 1}, "x.json: unknown key 'nam' .did you mean 'name'..; allowed keys: schema_version"),
         ({"name": ""}, "x.json: name: "),
         ({"name": 3}, "x.json: name: .* got 3"),
         ({"schema_version": 2}, "x.json: schema_version: must be 1, got 2; dit_sparse .* is too old for this file"),
@@ -305,7 +305,7 @@ GOOD = {"schema_version": 1, "name": "good", "rules": [{"method": "radial"}, {"m
         ({"schema_version": "1"}, "x.json: schema_version: "),
         ({"schema_version": None}, "x.json: schema_version: "),
         ({"rules": {}}, "x.json: rules: "),
-        ({"rules": [{}]}, r"x.json: rules\[0\].method: this key must be given"),
+        ({"rules": [{}]}, r"x.json: rules\[0\].method: required key is missing"),
         ({"rules": [{"method": "dense"}, 3]}, r"x.json: rules\[1\]: "),
         ({"rules": [{"method": "rdial"}]}, r"x.json: rules\[0\].method: unknown method 'rdial'"),
         ({"rules": [{"method": None}]}, r"x.json: rules\[0\].method: "),
@@ -315,7 +315,7 @@ GOOD = {"schema_version": 1, "name": "good", "rules": [{"method": "radial"}, {"m
         ({"rules": [{"method": "dense", "layer": "all"}]}, r"x.json: rules\[0\]: unknown key 'layer' .did you mean 'layers'"),
         ({"rules": [{"method": "dense", "layers": "some"}]}, r"x.json: rules\[0\].layers: must be \"all\""),
         ({"rules": [{"method": "dense", "layers": []}]}, r"x.json: rules\[0\].layers: .*at least one"),
-        ({"rules": [{"method": "dense", "heads": [0, 0]}]}, r"x.json: rules\[0\].heads: heads names 0 twice"),
+        ({"rules": [{"method": "dense", "heads": [0, 0]}]}, r"x.json: rules\[0\].heads: heads names 0 more than once"),
         ({"rules": [{"method": "dense", "heads": [-1]}]}, r"x.json: rules\[0\].heads: "),
         ({"rules": [{"method": "dense", "heads": [0.0]}]}, r"x.json: rules\[0\].heads: "),
         ({"rules": [{"method": "dense", "heads": 3}]}, r"x.json: rules\[0\].heads: .* first 3 are \[0, 1, 2\]"),
@@ -347,22 +347,22 @@ def test_bad_content_names_file_and_key(change, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty or cut short"),
+        (b"", "empty or truncated"),
         (b'{"schema_version": 1, "name": "a', "not valid JSON"),
-        (b'{"schema_version": 1, "name": "a", "rules": [', "cut short"),
-        (b"[]", "wanted a JSON object, got list"),
-        (b"null", "wanted a JSON object, got NoneType"),
-        (b"3", "wanted a JSON object, got int"),
+        (b'{"schema_version": 1, "name": "a", "rules": [', "truncated"),
+        (b"[]", "must contain a JSON object, got list"),
+        (b"null", "must contain a JSON object, got NoneType"),
+        (b"3", "must contain a JSON object, got int"),
         (b"{}", "schema_version: must be 1, got 'nothing'"),
-        (b'{"schema_version": 1, "name": "a", "name": "b"}', "key 'name' stands twice"),
-        (b'{"schema_version": 1, "name": "a", "rules": [{"method": "dense", "method": "dense"}]}', "key 'method' stands twice"),
-        (b'{"schema_version": NaN, "name": "a"}', "NaN is no JSON number"),
-        (b'{"schema_version": 1, "name": "a", "schedule": {"dense_warmup_steps": -Infinity}}', "-Infinity is no JSON"),
+        (b'{"schema_version": 1, "name": "a", "name": "b"}', "duplicate key 'name'"),
+        (b'{"schema_version": 1, "name": "a", "rules": [{"method": "dense", "method": "dense"}]}', "duplicate key 'method'"),
+        (b'{"schema_version": NaN, "name": "a"}', "NaN is not a valid JSON number"),
+        (b'{"schema_version": 1, "name": "a", "schedule": {"dense_warmup_steps": -Infinity}}', "-Infinity is not a valid JSON"),
         (b'{"schema_version": 1, "name": "a", "schedule": {"dense_warmup_steps": 1e999}}', "1e999 is too large"),
         (b'{"schema_version": 1, "name": "a", "schedule": {"dense_warmup_steps": ' + b"9" * 6000 + b"}}", "is too large"),
         (b'{"schema_version": 1, "name": "a", "schedule": {"dense_warmup_steps": 10000000000}}', "whole number from 0"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (b"\x89PNG\r\n\x1a\n", "not UTF-8"),
+        (b"\xff\xfe\x00", "not valid UTF-8"),
+        (b"\x89PNG\r\n\x1a\n", "not valid UTF-8"),
         (b"[" * 100000, "nested too deeply|not valid JSON"),
         (b'{"a":' * 100000, "nested too deeply|not valid JSON"),
         (b'{"schema_version": 1, "name": "\\ud800"}', "."),
@@ -378,7 +378,7 @@ def test_bad_files(content, message, tmp_path):
 
 
 def test_bad_places(tmp_path):
-    with pytest.raises(StrategyError, match="is a folder; a strategy file was wanted"):
+    with pytest.raises(StrategyError, match="is a folder; give a strategy file"):
         Strategy.load(tmp_path)
     with pytest.raises(StrategyError, match="is a folder"):
         Strategy.coerce(tmp_path)
@@ -391,7 +391,7 @@ def test_bad_places(tmp_path):
     with pytest.raises(StrategyError, match="cannot be written"):
         Strategy.single("dense").save(tmp_path / "big.json" / "below.json")
     (tmp_path / CONFIG_NAME).unlink()
-    with pytest.raises(StrategyError, match="no such file"):
+    with pytest.raises(StrategyError, match="file not found"):
         Strategy.from_pretrained(tmp_path)
     with pytest.raises(StrategyError, match="cannot be read: File name too long"):
         Strategy.load("x" * 5000 + ".json")
@@ -508,10 +508,10 @@ def test_validate_for_accepts_what_fits():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": {"classes": ["A", "B"]}}, "s: model: made for A or B, this is a C; .* model to null"),
+        ({"model": {"classes": ["A", "B"]}}, "s: model: made for A or B, but this model is a C; .* model to null"),
         ({"rules": [{"method": "dense"}, {"method": "dense", "layers": [1, 6]}]}, r"s: rules\[1\].layers: layer 6 is out of range; this model has 6 layers, 0 to 5"),
         ({"rules": [{"method": "dense", "heads": [9, 4]}]}, r"s: rules\[0\].heads: head 9 is out of range; this model has 4 heads"),
-        ({"rules": [{"method": "dense", "stage": "transformer_2"}]}, r"s: rules\[0\].stage: this pipeline has no 'transformer_2', it has transformer"),
+        ({"rules": [{"method": "dense", "stage": "transformer_2"}]}, r"s: rules\[0\].stage: this pipeline has no 'transformer_2'; its stages are transformer"),
         ({"schedule": {"dense_layers": [7]}}, "s: schedule.dense_layers: layer 7 is out of range"),
     ],
 )  # fmt: skip

@@ -32,13 +32,13 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise QualityInputError(
-            f"{folder}: cannot be a folder for the report: {error.strerror or error}"
+            f"{folder}: cannot be created as a report folder: {error.strerror or error}"
         ) from error
     there = [name for name in NAMES if (folder / name).exists()]
     if there and not overwrite:
         raise QualityInputError(
-            f"{folder} already has {', '.join(there)}; add --overwrite to replace them, or name "
-            "another folder with -o"
+            f"{folder}: already contains {', '.join(there)}; add --overwrite to replace them, or "
+            "choose another folder with -o"
         )
 
 

@@ -160,7 +160,7 @@ def _how(found: Comparison) -> list[tuple[str, str]]:
         told.append((label, f"{clip.name}: {size}; {about}"))
     told.append(("frames compared", str(settings["frames_compared"])))
     if settings["every"] > 1:
-        told.append(("costly rows", f"every {settings['every']}th frame"))
+        told.append(("expensive metrics", f"every {settings['every']}th frame"))
     told.append(("time", f"{settings['seconds']:.1f} s"))
     versions = (f"{name} {each}" for name, each in settings["versions"].items() if each)
     told.append(("versions", ", ".join(versions)))

@@ -31,10 +31,11 @@ COLUMNS = (
 )
 SHOWN = 2  # clips of each strategy on the page: the worst one and the middle one
 HOW = (
-    "Dense and sparse clips come from one process, one attachment and one seed each: the dense "
-    'arm is the same engine told to use the method "dense", the model\'s own attention. Each arm '
-    "is warmed up before the first timed run; making plans is in the sparse time. Clips are kept "
-    "lossless and measured from those files; mp4s are for people."
+    "The dense and sparse clips of a pair come from one process, one attachment and one seed. "
+    'The dense run uses the same engine with the method "dense", which is the model\'s own '
+    "attention. Each strategy is warmed up before its first timed run, and the sparse time "
+    "includes planning. Clips are stored losslessly and measured from these files; the mp4 "
+    "files are for viewing."
 )
 
 
