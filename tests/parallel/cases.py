@@ -258,7 +258,7 @@ def ranked(world: World, method: str) -> dict[str, Any]:
         }
         for rank in range(world.processes)
     ]
-    with pytest.warns(UserWarning, match=f"{method} chooses otherwise"):
+    with pytest.warns(UserWarning, match=f"{method} makes other choices"):
         found, _ = sparse(world, "wan", rules, against=against)
     return found
 
@@ -350,7 +350,7 @@ def refused(world: World) -> dict[str, Any]:
     ring = ContextParallelConfig(ring_degree=world.processes)
     pipe, args = make("wan")
     plain = tiny.run(pipe, args)
-    with sparse_on(pipe), pytest.raises(dit_sparse.AttachError, match="part of the keys"):
+    with sparse_on(pipe), pytest.raises(dit_sparse.AttachError, match="some of the keys"):
         pipe.transformer.enable_parallelism(config=ring)
     assert torch.equal(tiny.run(pipe, args), plain)
     pipe.transformer.enable_parallelism(config=ring)
