@@ -85,8 +85,8 @@ def run(
     candidates: Annotated[
         str,
         typer.Option(
-            help="Comma-separated methods, e.g. radial,svg2:compensate=means,adaspa@0.3; without @ "
-            "a name stands for three densities. Presets: default, quick, sparse-vdit."
+            help="Comma-separated methods, e.g. radial,svg2:compensate=means,adaspa@0.3; a name "
+            "without @ stands for three densities. Presets: default, quick, sparse-vdit."
         ),
     ] = "default",
     target: Annotated[
