@@ -83,7 +83,7 @@ def test_a_wrong_kernel_is_a_problem(only_kernels):
     found = doctor.diagnose()
     assert cpu_of(found).chosen == "good"
     (problem,) = found.problems
-    assert "kernel 'wrong' is wrong here: output differs by" in problem
+    assert "kernel 'wrong' gives wrong results: output differs by" in problem
 
 
 def test_a_kernel_that_raises_is_a_problem(only_kernels):

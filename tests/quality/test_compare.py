@@ -148,7 +148,7 @@ def test_tiny_frames_and_images_have_rows_that_do_not_apply():
     for name in ("ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "vmaf", "psnr_temporal"):
         assert found[name]["value"] is None
         assert found[name]["status"].startswith("n/a: ")
-    assert "31 pixels on a side" in found["lpips_alex"]["status"]
+    assert "each side must have at least 31 pixels" in found["lpips_alex"]["status"]
     assert "needs 3 frames" in found["vmaf"]["status"]
 
 

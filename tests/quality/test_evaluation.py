@@ -238,7 +238,7 @@ def test_the_summary_says_what_makes_numbers_worthless(done):
     _, _, found = done
     same = {**found, "half": found[FLOOR], FLOOR: found["half"]}
     notes = " ".join(summarise(SETUP, same).notes)
-    assert "half is as near to the dense clips as a second dense run" in notes
+    assert "half is as close to the dense clips as a second dense run" in notes
     equal = json.loads(json.dumps(found["half"][0].found))
     equal["metrics"]["psnr"]["value"] = 100
     equal["context"]["stayed_dense"] = {"the mask is not understood": 3}
@@ -256,9 +256,9 @@ def test_a_busy_machine_is_said(done):
     told["context"] |= {"speedup": 0.8, "speedup_processor": 1.25}
     half = [Pair(pair.job, pair.page, told) for pair in found["half"]]
     notes = summarise(busy, {**found, "half": half}).notes
-    assert any("half: by processor time the speed-up is 1.25x, not 0.80x" in n for n in notes)
+    assert any("half: by CPU time the speed-up is 1.25x, not 0.80x" in n for n in notes)
     told["context"]["speedup_processor"] = 0.81
-    assert not any("processor" in n for n in summarise(busy, {**found, "half": half}).notes)
+    assert not any("busy" in n for n in summarise(busy, {**found, "half": half}).notes)
 
 
 def test_a_row_that_one_pair_lacks_has_no_median(done):
