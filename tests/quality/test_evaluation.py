@@ -244,7 +244,7 @@ def test_the_summary_says_what_makes_numbers_worthless(done):
     equal["context"]["stayed_dense"] = {"the mask is not understood": 3}
     alike = [Pair(p.job, p.page, equal) for p in found["half"]]
     notes = " ".join(summarise(SETUP, {**found, "half": alike, FLOOR: alike}).notes)
-    assert "half: 4 of 4 clips are identical to the dense ones" in notes
+    assert "half: 4 of 4 clips are identical to the dense clips" in notes
     assert "stayed dense: the mask is not understood" in notes
     assert "gives no bound" in notes
 
