@@ -48,7 +48,7 @@ def test_shared_transformer(family, verdict):
     assert not handle.report().reasons
     with pytest.raises(dit_sparse.AttachError, match="shares this transformer"):
         enable(other)
-    with pytest.raises(dit_sparse.AttachError, match="disable it there"):
+    with pytest.raises(dit_sparse.AttachError, match="disable it on that pipeline"):
         other.disable_sparse_attention()
     again = sibling(family, pipe).from_pipe(pipe)
     assert again.transformer is pipe.transformer
@@ -78,7 +78,7 @@ def test_orphaned_transformer(family, verdict):
     enable(pipe)
     del pipe
     gc.collect()
-    with pytest.raises(dit_sparse.AttachError, match="is gone"):
+    with pytest.raises(dit_sparse.AttachError, match="no longer exists"):
         tiny.run(other, args)
     other.disable_sparse_attention()
     assert is_plain(other)
