@@ -93,17 +93,23 @@ dense has 5.
   and refreshes are dense.
 """,
     "wan-tiny": """
-The mix is nearest at all three densities: it has the higher PSNR in at least 8 of 10 pairs against
-each single method at 0.5 and 0.25, and in at least 7 at 0.125, where it alone has many clips right
-(5 of 10; pooled 2, blade 1, the others none). Some pairs turn against it: the red circle with seed
-1001 has 21.8 dB at 0.5 where svg2 has 25.1, the blue square with seed 1000 29.6 where blade has
-31.9. All of this is at equal density, **not at equal time**: much of the mix is svg2, whose
-clustering costs more on this CPU than it saves at 2304 tokens. A search for time (`--target`,
-`--budget`) takes other methods ([profiler](../profiler.md)).
+At 0.25 *mixed* and *centroid* were measured later than the other rows, with a profiler that
+screens its candidates and has clusters and means among them: 8.9 dB above the best method from a
+paper (standard error 0.7), 7.5 dB (0.9) above the mix that the profiler found before, and within
+two standard errors of *centroid* alone, which needs no search. At 0.5 and 0.125 the mix is still
+the one from before.
 
-In the strip the mix's circle has a bite on the first frame at 0.25 and is no longer round at
-0.125; gna paints up to five objects, pooled fades, blade's circle breaks up. Why, as far as the
-[atlas](../atlas.md) lets one guess:
+There the mix has the higher PSNR in at least 8 of 10 pairs against each single method at 0.5, and
+in at least 7 at 0.125, where it alone has many clips right (5 of 10; pooled 2, blade 1, the others
+none). Some pairs turn against it: the red circle with seed 1001 has 21.8 dB at 0.5 where svg2 has
+25.1, the blue square with seed 1000 29.6 where blade has 31.9. All of this is at equal density,
+**not at equal time**: much of these mixes is svg2, whose clustering costs more on this CPU than it
+saves at 2304 tokens. A search for time (`--target`, `--budget`) takes other methods
+([profiler](../profiler.md)).
+
+In the strip (of the earlier mix) the circle has a bite on the first frame at 0.25 and is no longer
+round at 0.125; gna paints up to five objects, pooled fades, blade's circle breaks up. Why, as far
+as the [atlas](../atlas.md) lets one guess:
 
 - *svg2* and *blade* choose anew at every call by content, and come next at 0.5. svg2 has
   9 clips right at 0.25, where dense has 8; below 0.151 it cannot go (a cluster reads one cluster

@@ -144,6 +144,7 @@ def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]
         f"--steps {args.steps}"
         + (f" --methods {' '.join(args.methods)} --add" if args.add else ""),
         "call": told["call"],
+        "versions": versions(),
         "prompts": told["prompts"],
         "seeds": told["seeds"],
         "densities": args.densities,
@@ -161,14 +162,20 @@ def collect(args: argparse.Namespace, place: Path, made: Made) -> dict[str, Any]
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Add a run's arms to those of an earlier run on the same prompts, seeds and settings."""
     same = ("model", "prompts", "seeds", "video_share")
-    calls = [{**each["call"], "versions": None} for each in (old, new)]
+    # Without LPIPS's weights these arms get a dash.
+    ignored = {"versions"} | (set() if new["call"].get("weights") else {"weights"})
+    calls = [
+        {key: v for key, v in each["call"].items() if v is not None and key not in ignored}
+        for each in (old, new)
+    ]
     if any(old[name] != new[name] for name in same) or calls[0] != calls[1]:
         raise SystemExit("--add: the file that is there has other prompts, seeds or settings")
     own = set(new["arms"]) - {"dense", "floor"}
-    told = {name: {"command": new["command"], "versions": new["call"]["versions"]} for name in own}
+    told = {name: {"command": new["command"], "versions": new["versions"]} for name in own}
     missing = {name: why for name, why in old["missing"].items() if name not in own}
     return old | {
         "missing": missing | new["missing"],
+        "made_of": old.get("made_of", {}) | new.get("made_of", {}),
         "arms": dict(sorted((old["arms"] | {name: new["arms"][name] for name in own}).items())),
         "added": dict(sorted((old.get("added", {}) | told).items())),
     }

@@ -250,7 +250,8 @@ def test_arms_are_added_to_those_of_the_same_prompts_seeds_and_settings():
     def file(**arms):
         return {
             "model": "wan-tiny", "prompts": ["a"], "seeds": [1], "video_share": 1.0,
-            "call": {"height": 64, "versions": {"torch": "2"}}, "command": "old", "missing": {},
+            "call": {"height": 64, "weights": "b2"}, "command": "old", "missing": {},
+            "versions": {"torch": "2"},
             "arms": {name: [{"psnr": value}] for name, value in arms.items()},
         }  # fmt: skip
 
@@ -261,7 +262,13 @@ def test_arms_are_added_to_those_of_the_same_prompts_seeds_and_settings():
     assert found["added"] == {"centroid": {"command": "new", "versions": {"torch": "2"}}}
     assert found["missing"] == {"svg": "why"}
     assert found["command"] == "old"
-    for other in ({"seeds": [2]}, {"call": {"height": 128, "versions": None}}):
+    unweighed = joined(old, new | {"call": {"height": 64, "weights": None}})
+    assert unweighed["arms"] == found["arms"]
+    for other in (
+        {"call": {"height": 64, "weights": "c3"}},
+        {"seeds": [2]},
+        {"call": {"height": 128}},
+    ):
         with pytest.raises(SystemExit, match="other prompts, seeds or settings"):
             joined(old, new | other)
 
