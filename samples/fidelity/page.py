@@ -45,8 +45,8 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
   steps and layers dense.
 - *right*: clips (or pictures) in which the checker (`samples/train/checker.py`, `read_scene.py`)
   reads all that the prompt says.
-- A dash under LPIPS: those arms were added without its weights. Arms that were added later, and by which
-  command, are in the data.
+- A dash under LPIPS: those arms were added without its weights. The data have the command of
+  every arm that was added later.
 - *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
   prompts and seeds. `sparse_vdit`: its own rule per head, epsilon (and lambda, where that is not
   enough) set for the density.
