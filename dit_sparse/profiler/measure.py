@@ -66,29 +66,6 @@ class Measured:
     searched: bool
 
 
-@dataclass(frozen=True)
-class Screened:
-    """What the screening found of one candidate.
-
-    Args:
-        name: The candidate's.
-        asked: Density that its method was asked for, mean over the screened calls; None: its
-            params are as given.
-        density: Mean kept share of pairs, searching steps left out.
-        error: Root mean square of heads' relative errors.
-        bytes: What it would remember for all layers until a step band ends.
-        rank: Place in the greedy order, from 0; None: it gained nothing, or would remember too
-            much.
-    """
-
-    name: str
-    asked: float | None
-    density: float
-    error: float
-    bytes: int
-    rank: int | None
-
-
 @dataclass
 class Meter:
     """Measures calls of one generation; what methods remember is kept per (site, candidate).

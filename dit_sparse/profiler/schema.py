@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dit_sparse.profiler.cost import CostModel
-from dit_sparse.profiler.measure import Measured, Screened
+from dit_sparse.profiler.measure import Measured
+from dit_sparse.profiler.shortlist import Screened
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]

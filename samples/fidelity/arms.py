@@ -23,6 +23,7 @@ from dit_sparse.profiler import Bands, Store, Wish, profile
 from dit_sparse.profiler.build import figures, rules_of
 from dit_sparse.profiler.capture import SHORTLIST
 from dit_sparse.profiler.search import sparse_vdit_rule
+from dit_sparse.profiler.tuning import video_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,11 +39,6 @@ LAMBDA = 0.5  # Sparse-vDiT's
 LEAST, MOST = 1e-4, 1e4  # between which its epsilon and, where that is not enough, lambda are set
 BISECTIONS = 24
 BANDS = Bands((0.0, 1 / 3, 2 / 3, 1.0))
-
-
-def overall(density: float, video_share: float) -> float:
-    """Give the density of all pairs where ``density`` of the video's are kept, and all others."""
-    return 1 - video_share * (1 - density)
 
 
 @dataclass
@@ -76,11 +72,7 @@ class Maker:
     @cached_property
     def video_share(self) -> float:
         """The share of all pairs that are of the video's (picture's) tokens alone."""
-        call = self.calls[0]
-        queries, keys = (
-            layout.lengths.sum(-1) for layout in (call.layout(64), call.key_layout(64))
-        )
-        return float((call.grid.video_tokens**2 / (queries * keys).double()).mean())
+        return video_share(self.calls[0])
 
     def strategy(self, method: str, density: float) -> tuple[Strategy, float]:
         """Make one.

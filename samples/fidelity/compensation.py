@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import TOLERANCE, overall
+from arms import TOLERANCE
 from diffusers import DiffusionPipeline
 from knobs import record, tuned
 from models import MODELS
@@ -27,6 +27,7 @@ from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.params import build_method, param_names
+from dit_sparse.profiler.tuning import overall, video_share
 from dit_sparse.strategy import Strategy
 from dit_sparse.strategy.files import write_text
 from dit_sparse.strategy.identity import versions
@@ -94,9 +95,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     for call in calls:
         plan = BlockPlan.full(call.layout(128), call.key_layout(128))
         dense.append(ops.attend(call.query, call.key, call.value, plan, call.scale)[0])
-    layout = calls[0].layout(64), calls[0].key_layout(64)
-    queries, keys = (side.lengths.sum(-1) for side in layout)
-    share = float((calls[0].grid.video_tokens ** 2 / (queries * keys).double()).mean())
+    share = video_share(calls[0])
     rows = []
     for density in DENSITIES:
         wanted = overall(density, share)

@@ -12,6 +12,7 @@ from dit_sparse.methods import method_class
 from dit_sparse.methods.params import build_method, param_names, params_of
 from dit_sparse.profiler.candidates import Candidate, block_for
 from dit_sparse.profiler.capture import call_of
+from dit_sparse.profiler.tuning import call_density
 from dit_sparse.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -62,20 +63,14 @@ def density_of(method: str, params: dict[str, Any], calls: Sequence[AttentionCal
     candidate = Candidate(method, method, params_of(made))
     dense = candidate.dense_steps(steps) / steps
     states: dict[tuple[str, int], dict[str, Any]] = {}
-    found: list[float] = []
+    found = []
     for call in calls:
         state = states.setdefault((call.stage, call.layer), {})
         own = replace(call, state=state, shared={})
-        plan = made.plan(own, ops)
-        if plan is None:
-            refreshes = candidate.period is not None and call.step % candidate.period == 0
-            found += [] if refreshes else [1.0]  # a refresh is in ``dense``
-        elif plan.complete:  # it searches: its share is in ``dense``
-            output, lse = ops.attend(own.query, own.key, own.value, plan, own.scale)
-            made.finish(own, output, lse, ops)
-        else:
-            found.append(float(plan.density().mean()))
-    return dense + (1 - dense) * sum(found) / len(found) if found else 1.0
+        refreshes = candidate.period is not None and call.step % candidate.period == 0
+        found.append(call_density(candidate, own, ops, refreshes=refreshes))
+    known = [density for density in found if density is not None]  # the others are in ``dense``
+    return dense + (1 - dense) * sum(known) / len(known) if known else 1.0
 
 
 def tuned(

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import TOLERANCE, Maker, overall
+from arms import TOLERANCE, Maker
 from composition import compositions
 from models import MODELS
 from strip import draw_strip
 
 from dit_sparse.cli.source import SampleDefaults, Settings
 from dit_sparse.methods import METHODS
+from dit_sparse.profiler.tuning import overall
 from dit_sparse.strategy.files import write_text
 from dit_sparse.strategy.identity import pipeline_identity, remember, versions
 

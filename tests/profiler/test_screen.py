@@ -13,9 +13,11 @@ from dit_sparse.core.grid import LatentsGrid
 from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.profiler import Bands, ProfileError, Store, Wish, profile
 from dit_sparse.profiler.candidates import parse_candidates
-from dit_sparse.profiler.screen import Pair, finer, ranked, screened_layers
+from dit_sparse.profiler.screen import screened_layers
 from dit_sparse.profiler.search import Cell
+from dit_sparse.profiler.shortlist import finer, ranked
 from dit_sparse.profiler.table import NOT_MEASURED
+from dit_sparse.profiler.tuning import Tuner
 from tests import tiny
 
 TEXT = 17
@@ -52,8 +54,8 @@ def test_a_candidate_keeps_its_level(family, level, seed):
     """Counted from the plan of the last call alone, of the video's pairs; all others are kept."""
     (want,) = parse_candidates(f"{family}@{level:g}")
     pair = calls(seed)
-    asked = Pair(pair).asked(want)
-    method, ops = want.fitted(GRID, asked).instance, Backends()
+    request = Tuner(pair).request(want)
+    method, ops = want.fitted(GRID, request).instance, Backends()
     for call in pair:
         plan = method.plan(call, ops)
         assert plan is not None

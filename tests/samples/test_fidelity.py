@@ -111,7 +111,7 @@ def test_a_density_too_low_for_all_patterns_gives_the_fewest_pairs():
 
 
 def test_text_pairs_are_no_part_of_the_density_that_methods_are_set_to():
-    from arms import overall
+    from dit_sparse.profiler.tuning import overall
 
     video, text = 2304, 512
     kept = 0.25 * video**2 + (video + text) ** 2 - video**2
