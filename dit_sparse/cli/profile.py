@@ -152,8 +152,8 @@ def run(
         typer.Option(
             min=0,
             max=1000,
-            help="Candidates that are measured on all calls, at most: one more generation screens "
-            "the others out and sets densities. 0: no screening.",
+            help="Maximum number of candidates to measure on all calls. One extra generation "
+            "selects them and tunes their densities. 0: measure all, without tuning.",
             **HOW,
         ),
     ] = 18,

@@ -10,12 +10,12 @@ Weights are recomputed from the LSE, ``P = exp(S - LSE)``, a piece of one head a
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from dit_sparse.core.tiles import unpack_tiles
+from dit_sparse.kernels.autograd import differentiable
 from dit_sparse.kernels.cpu_rows import Row, Span, cut_row, cut_spans, pick, rows_of, slots_of
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_sparse.core.plan import BlockPlan
-
-    Forward = Callable[[Tensor, Tensor, Tensor, BlockPlan, float], tuple[Tensor, Tensor]]
+    from dit_sparse.kernels.autograd import Forward
 
 Q_ROWS = 512  # queries at a time, but for a partial block, which is never cut
 SCORES = 2 << 20  # bytes of one piece's scores; five such are held
@@ -36,10 +35,7 @@ def attend_with_grad(
     forward: Forward, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Run ``forward`` so that output and LSE pass gradients to its inputs."""
-    result: tuple[Tensor, Tensor] = _Attend.apply(
-        query, key, value, plan.kv_log_weight, plan, scale, forward
-    )
-    return result
+    return differentiable(forward, _gradients, query, key, value, plan, scale)
 
 
 def attend_backward(
@@ -67,33 +63,6 @@ def attend_backward(
         scale: See ``query``.
     """
     return _gradients(query, key, value, output, lse, grad_output, grad_lse, plan, scale)[:3]
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_weight: Tensor | None,  # noqa: ARG004 (stands in the plan; here for its gradient)
-        plan: BlockPlan,
-        scale: float,
-        forward: Forward,
-    ) -> tuple[Tensor, Tensor]:
-        output, lse = forward(query, key, value, plan, scale)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return output, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
-        found = _gradients(
-            query, key, value, output, lse, grad_output, grad_lse, ctx.plan, ctx.scale
-        )
-        return *found[:3], found[3] if ctx.needs_input_grad[3] else None, None, None, None
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ bit tiles cut, a value that is not finite reaches every query of the block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.core.tiles import unpack_tiles
+from dit_sparse.kernels.autograd import differentiable
 from dit_sparse.kernels.chunks import HALF, budget, scores, work_dtype
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the keys that its plan keeps; see ``cpu.attend`` for the contract."""
-    result: tuple[Tensor, Tensor] = _Attend.apply(
-        query, key, value, plan.kv_log_weight, plan, scale
-    )
-    return result
+    return differentiable(_forward, _gradients, query, key, value, plan, scale)
 
 
 @torch.no_grad()
@@ -70,61 +67,57 @@ def block_mass(
     return mass
 
 
-class _Attend(torch.autograd.Function):
-    """Attention and its gradient, which computes each chunk again."""
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, head_dim = query.shape
+    # Queries that do not exist write to a spare last token.
+    output = query.new_zeros(batch, tokens + 1, heads, head_dim)
+    lse = query.new_full((batch, tokens + 1, heads), -torch.inf, dtype=torch.float32)
+    for rows in _rows(plan, query):
+        q, k, v = rows.queries(query), rows.keys(key), rows.keys(value)
+        o, e = _softmax(_scores(rows, q, k, rows.weights(), scale), v)
+        at = rows.lead[0], rows.q_token.masked_fill(~rows.q_live, tokens), rows.lead[1]
+        output.index_put_(at, o.to(output.dtype))
+        lse.index_put_(at, e.float())
+    return output[:, :tokens], lse[:, :tokens].transpose(1, 2)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_weight: Tensor | None,  # noqa: ARG004 (stands in the plan; here for its gradient)
-        plan: BlockPlan,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        batch, tokens, heads, head_dim = query.shape
-        # Queries that do not exist write to a spare last token.
-        output = query.new_zeros(batch, tokens + 1, heads, head_dim)
-        lse = query.new_full((batch, tokens + 1, heads), -torch.inf, dtype=torch.float32)
-        for rows in _rows(plan, query):
-            q, k, v = rows.queries(query), rows.keys(key), rows.keys(value)
-            o, e = _softmax(_scores(rows, q, k, rows.weights(), scale), v)
-            at = rows.lead[0], rows.q_token.masked_fill(~rows.q_live, tokens), rows.lead[1]
-            output.index_put_(at, o.to(output.dtype))
-            lse.index_put_(at, e.float())
-        ctx.save_for_backward(query, key, value)
-        ctx.plan, ctx.scale = plan, scale
-        return output[:, :tokens], lse[:, :tokens].transpose(1, 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        given, plan = ctx.saved_tensors, ctx.plan
-        work = work_dtype(given[0].dtype)
-        grads = [torch.zeros_like(x, dtype=work) for x in given]
-        weighted = plan.kv_log_weight is not None
-        d_weight = plan.kv_log_weight.new_zeros(plan.kv_log_weight.shape) if weighted else None
-        for rows in _rows(plan, given[0]):
-            q, k, v = (
-                take(x).to(work).requires_grad_()
-                for take, x in zip((rows.queries, rows.keys, rows.keys), given, strict=True)
-            )
-            w = rows.weights()
-            leaves = [q, k, v] if w is None else [q, k, v, w.requires_grad_()]
-            with torch.enable_grad():
-                results = _softmax(_scores(rows, q, k, w, ctx.scale), v)
-            d_o = rows.queries(grad_output).to(work)
-            d_e = rows.pick(grad_lse.transpose(1, 2), rows.q_token).masked_fill(~rows.q_live, 0)
-            found = torch.autograd.grad(results, leaves, (d_o, d_e.to(results[1].dtype)))
-            (sample, head), (own_b, own_h) = rows.lead, rows.shared(plan.kv_log_weight)
-            tokens = (rows.q_token, rows.kv_token, rows.kv_token)
-            for grad, token, own in zip(grads, tokens, found[:3], strict=True):
-                grad.index_put_((sample, token, head), own, accumulate=True)
-            if d_weight is not None:
-                own = found[3].to(d_weight.dtype)
-                d_weight.index_put_((own_b, own_h, rows.kv_slot), own, accumulate=True)
-        return *(g.to(x.dtype) for g, x in zip(grads, given, strict=True)), d_weight, None, None
+def _gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,  # noqa: ARG001 (each chunk is computed again)
+    lse: Tensor,  # noqa: ARG001
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    plan: BlockPlan,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    given = query, key, value
+    work = work_dtype(given[0].dtype)
+    grads = [torch.zeros_like(x, dtype=work) for x in given]
+    d_weight = None if plan.kv_log_weight is None else torch.zeros_like(plan.kv_log_weight)
+    for rows in _rows(plan, given[0]):
+        q, k, v = (
+            take(x).to(work).requires_grad_()
+            for take, x in zip((rows.queries, rows.keys, rows.keys), given, strict=True)
+        )
+        w = rows.weights()
+        leaves = [q, k, v] if w is None else [q, k, v, w.requires_grad_()]
+        with torch.enable_grad():
+            results = _softmax(_scores(rows, q, k, w, scale), v)
+        d_o = rows.queries(grad_output).to(work)
+        d_e = rows.pick(grad_lse.transpose(1, 2), rows.q_token).masked_fill(~rows.q_live, 0)
+        found = torch.autograd.grad(results, leaves, (d_o, d_e.to(results[1].dtype)))
+        (sample, head), (own_b, own_h) = rows.lead, rows.shared(plan.kv_log_weight)
+        tokens = (rows.q_token, rows.kv_token, rows.kv_token)
+        for grad, token, own in zip(grads, tokens, found[:3], strict=True):
+            grad.index_put_((sample, token, head), own, accumulate=True)
+        if d_weight is not None:
+            own = found[3].to(d_weight.dtype)
+            d_weight.index_put_((own_b, own_h, rows.kv_slot), own, accumulate=True)
+    return *(g.to(x.dtype) for g, x in zip(grads, given, strict=True)), d_weight
 
 
 def _scores(rows: _Rows, q: Tensor, k: Tensor, weight: Tensor | None, scale: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_sparse.errors import KernelError
+from dit_sparse.kernels.autograd import differentiable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,8 +112,17 @@ def attend(
     query, scale = _positive_scale(query, scale)
     if tiling is None:
         tiling = default_tiling(query, key, value, plan)
-    result: tuple[Tensor, Tensor] = _Attend.apply(query, key, value, plan, scale, tiling)
-    return result
+    from dit_sparse.kernels import triton_forward, triton_hopper
+
+    kernel = triton_hopper if tiling.copy_engine else triton_forward
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Any:
+        return kernel.forward(q, k, v, plan, scale, tiling)
+
+    def backward(*args: Any) -> tuple[Tensor | None, ...]:
+        return *attend_backward(*args), None
+
+    return differentiable(forward, backward, query, key, value, plan, scale)
 
 
 def default_tiling(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> Tiling:
@@ -175,36 +185,6 @@ def attend_backward(
     if scale > 0:
         return grads
     return grads[0].neg() if scale < 0 else torch.zeros_like(query), grads[1], grads[2]
-
-
-class _Attend(torch.autograd.Function):
-    """``forward`` with its gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: BlockPlan,
-        scale: float,
-        tiling: Tiling,
-    ) -> tuple[Tensor, Tensor]:
-        from dit_sparse.kernels import triton_forward, triton_hopper
-
-        kernel = triton_hopper if tiling.copy_engine else triton_forward
-        output, lse = kernel.forward(query, key, value, plan, scale, tiling)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.plan, ctx.scale = plan, scale
-        return output, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
-        result = attend_backward(
-            query, key, value, output, lse, grad_output, grad_lse, ctx.plan, ctx.scale
-        )
-        return (*result, None, None, None)
 
 
 def block_mass(

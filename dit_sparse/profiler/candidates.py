@@ -227,8 +227,8 @@ def _wanted(item: str) -> list[Wanted]:
     choices = method_class(name).choices(params)
     if level is not None and not all(levelled for _, levelled in choices):
         raise ProfileError(
-            f"candidates: {item:.80}@{level:g}: its params decide the density already; leave out "
-            "what stands behind @, or the param"
+            f"candidates: {item:.80}@{level:g}: its params already set the density; remove "
+            f"'@{level:g}' or the param"
         )
     return [
         Wanted(name, dict(one), each)

@@ -109,7 +109,7 @@ class Measuring:
             )
         if self.shortlist < 0:
             raise ProfileError(
-                f"shortlist must be a number of candidates from 1, or 0 for all, got "
+                f"shortlist must be at least 1, or 0 to measure all candidates, got "
                 f"{self.shortlist}"
             )
 

@@ -50,9 +50,9 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
 - *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
   prompts and seeds. `sparse_vdit`: its own rule per head, epsilon (and lambda, where that is not
   enough) set for the density.
-- *mixed ahead*: by how many dB the mix's PSNR is higher, pair by pair: the mean over pairs and its
-  standard error. A mean within two standard errors of 0 decides nothing. Rows are ordered by mean
-  PSNR, so by this; medians of ten pairs move by several dB with one pair more or less.
+- *mixed ahead*: the mean paired difference in PSNR between the mix and this method, in dB, and its
+  standard error. A difference within two standard errors of 0 is not significant. Rows are ordered
+  by mean PSNR, which is the same order; one pair can change a median of ten by several dB.
 - *noise floor*: dense again with another SDPA backend.
 - Made again later on a processor of the same kind, search included, three arms of the first pair
   of wan-tiny, flux-tiny and cogvideox-tiny had the same density and PSNR to the last digit.

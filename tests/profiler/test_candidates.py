@@ -148,7 +148,7 @@ def test_large_grids_get_large_blocks():
         ("radial@", "wanted a density in (0, 1] after @, got ''"),
         ("radial@0", "wanted a density in (0, 1] after @, got '0'"),
         ("radial@nan", "wanted a density in (0, 1] after @, got 'nan'"),
-        ("adaspa:density=0.25@0.3", "decide the density already"),
+        ("adaspa:density=0.25@0.3", "already set the density; remove '@0.3' or the param"),
         ("radial:decay=1", "unknown key 'decay'"),
         ("radial:decay_factor", "KEY=VALUE"),
         ("adaspa:density=2", "density must lie in (0, 1]"),
