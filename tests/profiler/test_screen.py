@@ -2,6 +2,7 @@
 """Screening: levels are kept on calls, the greedy order by hand, and a search with a shortlist."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -10,10 +11,12 @@ import torch
 
 from dit_sparse.core.call import AttentionCall
 from dit_sparse.core.grid import LatentsGrid
+from dit_sparse.core.sizes import nbytes
 from dit_sparse.kernels.dispatch import Backends
 from dit_sparse.profiler import Bands, ProfileError, Store, Wish, profile
 from dit_sparse.profiler.candidates import parse_candidates
-from dit_sparse.profiler.screen import screened_layers
+from dit_sparse.profiler.capture import Enough, Measuring
+from dit_sparse.profiler.screen import Screen, screened_layers
 from dit_sparse.profiler.search import Cell
 from dit_sparse.profiler.shortlist import finer, ranked
 from dit_sparse.profiler.table import NOT_MEASURED
@@ -24,18 +27,18 @@ TEXT = 17
 GRID = LatentsGrid(4, 8, 8, TEXT)
 
 
-def calls(seed):
+def calls(seed, grid=GRID):
     """Two calls of one layer, with keys in clumps, so that content decides what is kept."""
     random = torch.Generator().manual_seed(seed)
     found = []
     for step in (0, 2):
         clumps = torch.randn(12, 16, generator=random)
-        member = torch.randint(12, (1, GRID.tokens, 2), generator=random)
-        shape = (1, GRID.tokens, 2, 16)
+        member = torch.randint(12, (1, grid.tokens, 2), generator=random)
+        shape = (1, grid.tokens, 2, 16)
         key, query = (clumps[member] + torch.randn(shape, generator=random) for _ in range(2))
         value = torch.randn(shape, generator=random)
         found.append(
-            AttentionCall(query, key, value, GRID, 0.25, heads=(0, 1), step=step, num_steps=6)
+            AttentionCall(query, key, value, grid, 0.25, heads=(0, 1), step=step, num_steps=6)
         )
     return found
 
@@ -132,6 +135,34 @@ def test_finer_levels_lie_beside_the_chosen_ones():
 @pytest.mark.parametrize(("layers", "wanted"), [(1, {0}), (6, {1, 4}), (40, {5, 15, 25, 35})])
 def test_layers_are_spread(layers, wanted):
     assert screened_layers(layers) == wanted
+
+
+def test_a_pair_is_screened_on_few_rows_after_its_first_call():
+    """AdaSpa searches on the band's first call; without it every call would be dense."""
+    grid = LatentsGrid(4, 16, 16, TEXT)
+    wanted = parse_candidates("adaspa:block_size=8@0.3,centroid:block_size=8@0.3")
+    listener = Screen(Measuring(wanted, Bands((0.0, 1.0))), layers=3)
+    first, last = (replace(c, layer=1, num_layers=3, branch="cond") for c in calls(0, grid))
+    for call in (first, replace(last, step=2), replace(last, step=3)):
+        listener(call, None, "dense")
+    with pytest.raises(Enough):  # the generation need not go on
+        listener(replace(last, step=4), None, "dense")
+    (seen,) = listener.observed.calls
+    assert (seen["layer"], seen["step"]) == (1, 3)
+    video = grid.video_tokens**2 / grid.tokens**2
+    for found in seen["found"]:
+        assert not found["searched"]
+        assert np.mean(found["density"]) == pytest.approx(1 - 0.7 * video, abs=0.05)
+        assert min(found["error"]) > 0
+        assert min(found["doubt"]) > 0  # a sample of its rows was compared
+    # What is remembered is counted for all three layers.
+    state: dict = {}
+    adaspa = wanted[0].fitted(grid, listener.observed.requested[wanted[0].text][0]).instance
+    own, ops = replace(first, state=state), Backends()
+    plan = adaspa.plan(own, ops)
+    output, lse = ops.attend(own.query, own.key, own.value, plan, own.scale)
+    adaspa.finish(own, output, lse, ops)
+    assert listener.observed.bytes[wanted[0].text] == 3 * nbytes(state) > 0
 
 
 @pytest.fixture(scope="module")
