@@ -113,6 +113,15 @@ class Ops(Protocol):
     def pool(self, x: Tensor, layout: BlockLayout, permutation: Tensor | None = None) -> Tensor:
         """Average each block, 0 where it is empty: ``[batch, heads, blocks, head_dim]``."""
 
+    def moments(
+        self,
+        x: Tensor,
+        layout: BlockLayout,
+        permutation: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Average each block, and sum its channels' variances: ``[batch, heads, blocks]``."""
+
     def pooled_scores(
         self, query: Tensor, key: Tensor, q: BlockLayout, kv: BlockLayout, scale: float
     ) -> Tensor:

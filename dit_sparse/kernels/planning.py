@@ -11,7 +11,7 @@ from __future__ import annotations
 from dit_sparse.kernels.antidiagonal import antidiagonal
 from dit_sparse.kernels.kmeans import cluster_order, expand_clusters, kmeans
 from dit_sparse.kernels.permute import gather_tokens, scatter_tokens
-from dit_sparse.kernels.pool import pool, pooled_scores
+from dit_sparse.kernels.pool import moments, pool, pooled_scores
 from dit_sparse.kernels.select import select_budget, select_top_k, select_top_p
 from dit_sparse.kernels.tile_maximum import tile_maximum
 
@@ -20,6 +20,7 @@ class Planning:
     """What a method needs to choose blocks, beside the exact block mass."""
 
     pool = staticmethod(pool)
+    moments = staticmethod(moments)
     pooled_scores = staticmethod(pooled_scores)
     antidiagonal = staticmethod(antidiagonal)
     tile_maximum = staticmethod(tile_maximum)

@@ -46,6 +46,41 @@ def pool(x: Tensor, layout: BlockLayout, permutation: Tensor | None = None) -> T
 
 
 @torch.no_grad()
+def moments(
+    x: Tensor,
+    layout: BlockLayout,
+    permutation: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Give the mean of each block's tokens, and their variance summed over channels.
+
+    Args:
+        x: ``[batch, seq_len, heads, head_dim]``, any strides.
+        layout: As ``pool`` has it.
+        permutation: As ``pool`` has it.
+        weight: Of each channel in the sum, ``[batch, heads, head_dim]``; None: 1.
+
+    Returns:
+        The means as ``pool`` gives them, and the variances (divided by the number of tokens) in
+        the same dtype, ``[batch, heads, blocks]``, at least 0. Both are 0 for a block without
+        tokens.
+    """
+    batch, tokens, heads, dim = x.shape
+    work = work_dtype(x.dtype)
+    mean, share = pool(x, layout, permutation), layout.lengths[..., None].to(work)
+    # Squares of centred values: those of keys that share an offset would cancel.
+    centre = (mean * share).sum(2) / share.sum(2).clamp(min=1)
+    channel = torch.ones_like(centre) if weight is None else weight.to(work)
+    squares = []
+    for part in head_parts(heads, batch * tokens * dim * work.itemsize, x.device):
+        away = (x[:, :, part].to(work) - centre[:, None, part]).square_()
+        squares.append(torch.einsum("bshd,bhd->bsh", away, channel[:, part]))
+    square = pool(torch.cat(squares, 2)[..., None], layout, permutation)[..., 0]
+    off = torch.einsum("bhnd,bhd->bhn", (mean - centre[:, :, None]).square(), channel)
+    return mean, (square - off).clamp(min=0)
+
+
+@torch.no_grad()
 def pooled_scores(
     query: Tensor, key: Tensor, q: BlockLayout, kv: BlockLayout, scale: float
 ) -> Tensor:

@@ -31,9 +31,10 @@ class Centroid(Method):
 
     K-means (Lloyd, Euclidean) groups the video's keys and, separately, its queries. A query group
     weighs a key cluster of n keys by n exp(c_i . c_j * scale) (centroids c, fp32). The pairs of a
-    head that hold most weight per key are computed exactly, until ``density`` of its pairs are
-    used up; every other cluster is one key, its mean key and mean value with + ln n. Queries with
-    broad attention therefore get more exact keys than those with narrow attention.
+    head where a mean would make the largest error per key (``selection.error_of_means``) are
+    computed exactly, until ``density`` of its pairs are used up; every other cluster is one key,
+    its mean key and mean value with + ln n. Queries with broad attention therefore get more exact
+    keys than those with narrow attention.
 
     It is ``composed`` with clusters, centroid scores, a budget and means. Each choice starts from
     the previous centroids, so few iterations suffice. Means are of every step's own keys, also
@@ -48,12 +49,12 @@ class Centroid(Method):
     Args:
         density: Share of the video's pairs that is computed, centroids included, in (0, 1]; on
             top comes the text. Higher is closer to dense and slower. Centroids are always read:
-            where they alone exceed it (4 / sqrt(tokens) by default) nothing is read exactly.
+            where a given number of them exceeds it, nothing is read exactly.
         queries: "clusters", or "tiles": boxes of ``tile``, cheaper by the queries' clustering and
             a little less exact.
         query_clusters: 1 to 4096; 0: twice the square root of the video's tokens.
-        key_clusters: 1 to 4096; 0: 4 times the square root. More choose finer; their centroids
-            take key_clusters keys of every query's budget.
+        key_clusters: 1 to 4096; 0: 4 times the square root, but at most half of a query's budget
+            of density * tokens keys. More choose finer; each takes one key of that budget.
         first_iterations: Of k-means on the first sparse call of a run, 1 to 1000.
         iterations: On every later choice, 1 to 1000. For S tokens each takes
             (query_clusters + key_clusters) / (2 S) of a dense call's multiplications: 1.1 % for

@@ -34,7 +34,7 @@ from dit_sparse.methods.lists import (
     share_of,
 )
 from dit_sparse.methods.order import morton_order, tile_order
-from dit_sparse.methods.selection import above_spread, best, within_budget
+from dit_sparse.methods.selection import above_spread, best, error_of_means, within_budget
 from dit_sparse.methods.sides import Side, cluster_side, fixed_side, plan_groups
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ class Composed(Method):
             largest sampled weight, not for a budget. "antidiagonal": XAttention's estimate of the
             mass. "mass": the exact softmax mass; the call that chooses is then dense. The last
             three do not support clusters.
-        select: "budget": the pairs of a head that hold most weight per key, until ``density`` is
-            used up, so that query groups differ in what they keep. "top_k": a fixed share of key
+        select: "budget": the best pairs of a head, until ``density`` is used up, so that query
+            groups differ in what they keep. Best are, without compensation, those with most
+            weight per key; with means, those where a mean would make the largest error per key
+            (``selection.error_of_means``). "top_k": a fixed share of key
             groups for every query group. "top_p": the fewest key groups that hold ``top_p`` of
             its weight. "threshold": scores above the row's mean by ``threshold`` of its standard
             deviations.
@@ -93,7 +95,8 @@ class Composed(Method):
             the tile its other sides are doubled while it holds no more tokens.
         query_clusters: For clusters, 1 to 4096; 0: twice the square root of the video's tokens,
             550 for Wan at 720p.
-        key_clusters: The same; 0: 4 times the square root.
+        key_clusters: The same; 0: 4 times the square root, for a budget with means at most so
+            many that their means take half of it.
         first_iterations: Of k-means on the first sparse call of a run, 1 to 1000; it starts from
             a seeded draw of tokens.
         iterations: On every later choice, which starts from the last centroids, 1 to 1000.
@@ -218,7 +221,9 @@ class Composed(Method):
 
     def clusters(self, video_tokens: int) -> tuple[int, int]:
         """Give the query and key clusters that are used for so many video tokens."""
-        usual = (2 * sqrt(video_tokens), 4 * sqrt(video_tokens))
+        usual = [2 * sqrt(video_tokens), 4 * sqrt(video_tokens)]
+        if self.select == "budget" and self.compensate == "means":
+            usual[1] = max(1, min(usual[1], self.density * video_tokens / 2))
         given = (self.query_clusters, self.key_clusters)
         q, k = (
             min(n or ceil(m), video_tokens, MAX_CLUSTERS)
@@ -304,7 +309,10 @@ class Composed(Method):
                 score = score + kv.counts.float().log()[:, :, None]
         else:
             score, ties = self._weights(call, q, kv, video, ops, lse)
-        state["mask"] = self._kept(score, ties, q, kv, ops, weights=not means)
+        if self.select == "budget" and self.compensate == "means":
+            state["mask"] = self._within_budget(call, score, q, kv, ops, weights=not means)
+        else:
+            state["mask"] = self._kept(score, ties, q, kv, ops, weights=not means)
         state.update(q=q, kv=kv, made=call.step)
         state["for"] = identity(call)
 
@@ -385,12 +393,35 @@ class Composed(Method):
             living = score.masked_fill(empty, -torch.inf)
             return ranked(living, lambda x: ops.select_top_k(x, count))
         if self.select == "budget":
-            return within_budget(
-                self._per_key(score, kv, weights=weights), q, kv, self.density, ops,
-                means=self.compensate == "means",
-            )  # fmt: skip
+            value = self._per_key(score, kv, weights=weights)
+            return within_budget(value, q, kv, self.density, ops, means=False)
         kept = above_spread(score, ~empty, self.threshold)
         return kept if self.compensate == "means" else kept | best(score, ~empty)
+
+    def _within_budget(
+        self, call: AttentionCall, score: Tensor, q: Side, kv: Side, ops: Ops, *, weights: bool
+    ) -> Tensor:
+        """Select the pairs of groups that their means would replace worst."""
+        keys = kv.counts[:, :, None]
+        if weights:
+            weight = score.float()
+            weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
+        else:
+            many = keys.float().log()  # -inf for empty groups
+            weight = (score if self.score == "centroid" else score + many).softmax(-1)
+        grid = call.grid
+        video = slice(grid.video_start, grid.video_start + grid.video_tokens)
+        # Channels vary alone, and the queries of a head are as long in all groups: an estimate.
+        query = call.query[:, video]
+        work = torch.promote_types(query.dtype, torch.float32)
+        length = torch.linalg.vector_norm(query, dim=1, dtype=work).square()
+        length = length * (call.scale**2 / query.shape[1])
+        _, spread = ops.moments(call.key[:, video], kv.groups, kv.order, length)
+        mean, variance = ops.moments(call.value[:, video], kv.groups, kv.order)
+        worth = error_of_means(
+            weight, spread[:, :, None].float(), (mean.float(), variance.float()), kv.counts
+        )
+        return within_budget(worth, q, kv, self.density, ops, means=True)
 
     def _per_key(self, score: Tensor, kv: Side, *, weights: bool) -> Tensor:
         """Spread the weight of a key group evenly over its keys; of scores its logarithm."""

@@ -49,6 +49,40 @@ def within_budget(
     return ops.select_budget(value.masked_fill(first, torch.inf), rows * keys, budget) | first
 
 
+@torch.no_grad()
+def error_of_means(
+    weight: Tensor, spread: Tensor, value: tuple[Tensor, Tensor], keys: Tensor
+) -> Tensor:
+    """Estimate, for each pair of groups, the error per key of reading the key group as its mean.
+
+    Ours. Take the scores x of a query with the n keys of a group, of variance s, and expand the
+    softmax over them around their mean. The weights follow x - mean(x), so the mean value is off
+    by the covariance of x and the values, at most sqrt(s var(v)), where they vary alike. By
+    Jensen's inequality the group's weight is too small by a factor of 1 + s / 2, which moves the
+    output o by (s / 2) (mean(v) - o). With the group's weight p the square of the error is
+    p^2 s (var(v) + (s / 4) |mean(v) - o|^2).
+
+    Args:
+        weight: p, the share of a query group's attention, rows sum to 1, fp32 ``[batch, heads,
+            q_groups, kv_groups]``; 0 for empty groups.
+        spread: s, fp32, expandable to ``weight``.
+        value: Mean of the values of each key group, fp32 ``[batch, heads, kv_groups, head_dim]``,
+            and their variance, summed over channels, ``[batch, heads, kv_groups]``.
+        keys: Keys in each group, ``[batch|1, heads|1, kv_groups]``.
+
+    Returns:
+        Natural logarithm of error / n, shaped like ``weight``; -inf where there is no error.
+    """
+    mean, variance = value
+    output = weight @ mean
+    apart = output.square().sum(-1)[..., None] + mean.square().sum(-1)[:, :, None]
+    apart = (apart - 2 * output @ mean.transpose(-1, -2)).clamp(min=0)
+    inner = variance[:, :, None] + spread / 4 * apart
+    many = keys.clamp(min=1)[:, :, None].to(weight.dtype)
+    # As a sum of logarithms, since the product leaves fp32 for values of 1e4.
+    return weight.log() - many.log() + (spread.log() + inner.log()) / 2
+
+
 def above_spread(score: Tensor, living: Tensor, spreads: float) -> Tensor:
     """Keep what lies above its row's mean by more than ``spreads`` standard deviations.
 

@@ -57,6 +57,15 @@ class Side(NamedTuple):
         slots = self.order.shape[-1]
         return BlockLayout(self.starts, self.lengths, slots, self.block_size, self.spread)
 
+    @property
+    def groups(self) -> BlockLayout:
+        """Groups over the video's slots; a cluster is one however many blocks it has."""
+        if self.counts is self.lengths:
+            return self.layout
+        slots = self.order.shape[-1]
+        ends = self.counts.cumsum(-1, dtype=torch.int32)
+        return BlockLayout(ends - self.counts, self.counts, slots, slots)
+
 
 def fixed_side(call: AttentionCall, order: Tensor, lengths: list[int]) -> Side:
     """Cut the video's tokens, in a fixed order, into blocks that are groups.

@@ -39,6 +39,19 @@ LAMBDA = 0.5  # Sparse-vDiT's
 LEAST, MOST = 1e-4, 1e4  # between which its epsilon and, where that is not enough, lambda are set
 BISECTIONS = 24
 BANDS = Bands((0.0, 1 / 3, 2 / 3, 1.0))
+# Compositions that stand in the tables beside the methods: a method, and params that are given.
+COMPOSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "svg2+means": ("svg2", {"compensate": "means"}),
+    "tiles+means": (
+        "composed",
+        {
+            "query_order": "tiles",
+            "key_order": "tiles",
+            "score": "centroid",
+            "compensate": "means",
+        },
+    ),
+}
 
 
 @dataclass
@@ -78,15 +91,16 @@ class Maker:
         """Make one.
 
         Args:
-            method: A method's name ("sparse_vdit" by its authors' rule per head), or "mixed"
-                (the profiler's search over all methods).
+            method: A method's name ("sparse_vdit" by its authors' rule per head), a name in
+                ``COMPOSED``, or "mixed" (the profiler's search over all methods).
             density: To be had, of all pairs.
 
         Returns:
             The strategy, and the density it is predicted to have.
         """
         if method not in PER_HEAD:
-            return tuned(method, density, self.calls)
+            name, given = COMPOSED.get(method, (method, {}))
+            return tuned(name, density, self.calls, given)
         found = profile(
             self.pipe,
             self.prompts,

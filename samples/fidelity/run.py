@@ -175,6 +175,7 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     told = {name: {"command": new["command"], "versions": new["versions"]} for name in own}
     missing = {name: why for name, why in old["missing"].items() if name not in own}
     return old | {
+        "densities": sorted({*old["densities"], *new["densities"]}, reverse=True),
         "missing": missing | new["missing"],
         "made_of": old.get("made_of", {}) | new.get("made_of", {}),
         "arms": dict(sorted((old["arms"] | {name: new["arms"][name] for name in own}).items())),

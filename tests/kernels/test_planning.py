@@ -64,6 +64,7 @@ def test_an_operation_never_reads_values_back():
     x = torch.empty(2, 200, 3, 16, device="meta")
     score = ops.pooled_scores(x, x, layout, layout, 0.25)
     assert score.shape == (2, 3, 4, 4)
+    assert ops.moments(x, layout)[1].shape == (2, 3, 4)
     assert ops.antidiagonal(x, x, layout, layout, 8, 0.25).shape == score.shape
     assert ops.tile_maximum(x, x, layout, layout, 16, 0.25)[0].shape == score.shape
     _, labels, counts = ops.kmeans(x, 6, 2)

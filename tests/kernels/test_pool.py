@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dit_sparse.kernels import chunks
 from dit_sparse.kernels.chunks import block_of_slot, indexed_sums, sorted_sums
-from dit_sparse.kernels.pool import pool, pooled_scores
+from dit_sparse.kernels.pool import moments, pool, pooled_scores
 from tests.kernels.drawn import close, layouts, spans
 from tests.strategies import attention_inputs, generator, seeds
 
@@ -35,6 +35,40 @@ def test_pool_is_the_mean_of_each_block(data, seed, batch, heads, dtype):
     got = pool(x, layout)
     assert got.shape == (batch, heads, layout.blocks, 5)
     close(got, means(x, layout), dtype)
+
+
+@given(data=st.data(), seed=seeds, batch=st.integers(1, 3), heads=st.integers(1, 3), dtype=DTYPES)
+def test_moments_are_mean_and_variance_of_each_block(data, seed, batch, heads, dtype):
+    layout = data.draw(layouts(batch, heads))
+    x, _, _ = attention_inputs(seed, batch, layout.slots, heads, 5, dtype)
+    x = x + 1000  # variances of fp32 squares would be noise
+    covered = block_of_slot(layout).expand(batch, heads, -1) < layout.blocks
+    x = x.masked_fill(~covered.transpose(1, 2)[..., None], torch.nan)
+    weight = torch.rand(batch, heads, 5, generator=generator(seed)).to(dtype)
+    mean, variance = moments(x, layout, weight=weight)
+    close(mean, means(x, layout), dtype)
+    wanted = torch.zeros_like(variance, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i, span in enumerate(spans(layout, b, h)):
+                if span.stop > span.start:
+                    wanted[b, h, i] = (
+                        x[b, span, h].double().var(0, correction=0) @ weight[b, h].double()
+                    )
+    # Of fp32 the mean's rounding remains: eps * 1000 on a difference of some units.
+    torch.testing.assert_close(variance.double(), wanted, rtol=1e-3, atol=2e-3)
+
+
+@given(data=st.data(), seed=seeds)
+def test_moments_follow_a_permutation(data, seed):
+    layout = data.draw(layouts(2, 2))
+    x, _, _ = attention_inputs(seed, 2, layout.slots, 2, 3)
+    order = torch.rand(2, 2, layout.slots, generator=generator(seed)).argsort(-1)
+    index = order.transpose(1, 2)[..., None].expand_as(x)
+    for one, other in zip(
+        moments(x, layout, order), moments(x.gather(1, index), layout), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @given(data=st.data(), seed=seeds, batch=st.integers(1, 2), heads=st.integers(1, 3))
