@@ -119,6 +119,7 @@ class Ops(Protocol):
         layout: BlockLayout,
         permutation: Tensor | None = None,
         weight: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Average each block, and sum its channels' variances: ``[batch, heads, blocks]``."""
 

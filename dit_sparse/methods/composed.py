@@ -310,7 +310,8 @@ class Composed(Method):
         else:
             score, ties = self._weights(call, q, kv, video, ops, lse)
         if self.select == "budget" and self.compensate == "means":
-            state["mask"] = self._within_budget(call, score, q, kv, ops, weights=not means)
+            centres = means[1] if means else None
+            state["mask"] = self._within_budget(call, score, centres, q, kv, ops)
         else:
             state["mask"] = self._kept(score, ties, q, kv, ops, weights=not means)
         state.update(q=q, kv=kv, made=call.step)
@@ -399,11 +400,20 @@ class Composed(Method):
         return kept if self.compensate == "means" else kept | best(score, ~empty)
 
     def _within_budget(
-        self, call: AttentionCall, score: Tensor, q: Side, kv: Side, ops: Ops, *, weights: bool
+        self,
+        call: AttentionCall,
+        score: Tensor,
+        centres: Tensor | None,
+        q: Side,
+        kv: Side,
+        ops: Ops,
     ) -> Tensor:
-        """Select the pairs of groups that their means would replace worst."""
+        """Select the pairs of groups that their means would replace worst.
+
+        ``centres`` are the key groups' means that the score is of; None: it is of weights.
+        """
         keys = kv.counts[:, :, None]
-        if weights:
+        if centres is None:
             weight = score.float()
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
         else:
@@ -413,10 +423,9 @@ class Composed(Method):
         video = slice(grid.video_start, grid.video_start + grid.video_tokens)
         # Channels vary alone, and the queries of a head are as long in all groups: an estimate.
         query = call.query[:, video]
-        work = torch.promote_types(query.dtype, torch.float32)
-        length = torch.linalg.vector_norm(query, dim=1, dtype=work).square()
-        length = length * (call.scale**2 / query.shape[1])
-        _, spread = ops.moments(call.key[:, video], kv.groups, kv.order, length)
+        length = torch.cat([one.float().square().mean(1) for one in query.split(1, 2)], 1)
+        length = length * call.scale**2
+        _, spread = ops.moments(call.key[:, video], kv.groups, kv.order, length, centres)
         mean, variance = ops.moments(call.value[:, video], kv.groups, kv.order)
         worth = error_of_means(
             weight, spread[:, :, None].float(), (mean.float(), variance.float()), kv.counts
