@@ -20,6 +20,7 @@ from dit_sparse.methods.lists import share_of
 from dit_sparse.methods.order import fitted_tile, morton_order, tile_order
 from dit_sparse.methods.params import build_method
 from dit_sparse.methods.selection import error_of_means
+from dit_sparse.methods.sides import cluster_side
 from dit_sparse.methods.svg2 import SVG2
 from tests.methods.chosen import block_sizes, runs
 from tests.methods.naive import NaiveOps, make_call, masked_attention, run, token_mask
@@ -355,6 +356,27 @@ def test_the_budget_is_what_was_asked_for(queries, density):
     plan, _ = run(Centroid(density, queries), call, Backends("reference"))
     assert plan.means
     assert density - 0.01 <= plan.density().min() <= plan.density().max() <= density
+
+
+def test_groups_are_whole_clusters():
+    """However many blocks a cluster is cut into; its mean is its centroid."""
+    points = torch.randn(2, 60, 3, 4, generator=torch.Generator().manual_seed(5)).double()
+    ops = Backends()
+    side, centroids = cluster_side(points, 5, 3, 4, ops, init=None, seed=1, heads=torch.arange(3))
+    assert side.owner.shape[-1] > 5
+    mean, variance = ops.moments(points, side.groups, side.order)
+    torch.testing.assert_close(mean, centroids.double(), rtol=1e-5, atol=1e-6)
+    for b in range(2):
+        for h in range(3):
+            tokens = [[] for _ in range(5)]
+            blocks = zip(
+                *(x[b, h].tolist() for x in (side.starts, side.lengths, side.owner)), strict=True
+            )
+            for start, length, owner in blocks:
+                tokens[owner] += side.order[b, h, start : start + length].tolist()
+            for i, own in enumerate(tokens):
+                wanted = points[b, own, h].var(0, correction=0).sum() if own else 0.0
+                assert float(variance[b, h, i]) == pytest.approx(float(wanted), abs=1e-9)
 
 
 def test_means_take_at_most_half_of_a_budget():
