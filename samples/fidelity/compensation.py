@@ -6,11 +6,12 @@
 records a dense generation of each model, sets every method that drops blocks to equal densities,
 without means and with them (means counted), and compares each attention output with the dense
 one. It writes docs/benchmarks/compensation.json and the page beside it. Ten minutes a model on a
-CPU; models that are in the file already are left alone.
+CPU; rows that are in the file already are left alone: delete those that are to be measured again.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,18 @@ def errors(
     return found
 
 
-def measure(name: str) -> list[dict[str, Any]]:
-    """Measure all arms on one model."""
+def wanted_rows() -> list[dict[str, Any]]:
+    """List what each model's table has."""
+    return [
+        {"arm": arm, "compensate": compensate, "density": density}
+        for density in DENSITIES
+        for arm in arms()
+        for compensate in ("none", "means")
+    ]
+
+
+def measure(name: str, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Measure rows on one model; the error of one that cannot have its density is None."""
     model = ROOT / "samples" / name
     pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
@@ -95,26 +106,18 @@ def measure(name: str) -> list[dict[str, Any]]:
     for call in calls:
         plan = BlockPlan.full(call.layout(128), call.key_layout(128))
         dense.append(ops.attend(call.query, call.key, call.value, plan, call.scale)[0])
-    share = video_share(calls[0])
-    rows = []
-    for density in DENSITIES:
-        wanted = overall(density, share)
-        for arm, (method, given) in arms().items():
-            for compensate in ("none", "means"):
-                how = {} if method == "centroid" else {"compensate": compensate}
-                if method == "centroid" and compensate == "none":
-                    continue
-                strategy, told = tuned(method, wanted, calls, {**given, **how})
-                if abs(told - wanted) > TOLERANCE:
-                    continue  # the method cannot have this density
-                away = errors(strategy, calls, dense)
-                error = (sum(x * x for x in away) / len(away)) ** 0.5
-                rows.append(
-                    {"model": name, "arm": arm, "compensate": compensate, "density": density,
-                     "told": told, "params": dict(strategy.rules[0].params), "error": error}
-                )  # fmt: skip
-                print(f"{name} {density:g} {arm}, {compensate}: {error:.3f}", flush=True)
-    return rows
+    for row in rows:
+        wanted = overall(row["density"], video_share(calls[0]))
+        method, given = arms()[row["arm"]]
+        given = given | {"compensate": row["compensate"]}
+        strategy, told = tuned(method, wanted, calls, given)
+        error = None
+        if abs(told - wanted) <= TOLERANCE:
+            away = errors(strategy, calls, dense)
+            error = (sum(x * x for x in away) / len(away)) ** 0.5
+        print(name, row, error, flush=True)
+        found = {"told": told, "params": dict(strategy.rules[0].params), "error": error}
+        yield {"model": name, **row, **found}
 
 
 def page(found: dict[str, Any]) -> str:
@@ -129,7 +132,7 @@ def page(found: dict[str, Any]) -> str:
             f"| | {' | '.join(f'{density:g}' for density in DENSITIES)} |",
             "|---|---|---|---|",
         ]
-        for arm in dict.fromkeys(row["arm"] for row in own):
+        for arm in arms():
             cells = []
             for density in DENSITIES:
                 bare, means = (known.get((arm, density, how)) for how in ("none", "means"))
@@ -148,21 +151,22 @@ def main() -> None:
     found: dict[str, Any] = {"rows": []}
     if RESULTS.exists():
         found = json.loads(RESULTS.read_text())
-    there = {row["model"] for row in found["rows"]}
     for name in args.models:
-        if name in there:
-            continue
-        found["rows"] += measure(name)
-        found |= {
-            "kind": "dit_sparse.compensation",
-            "command": f"python {SAMPLE} {' '.join(sorted(there | {name}))}",
-            "versions": versions(),
-            "steps": STEPS,
-            "seed": SEED,
-        }
-        there.add(name)
-        write_text(RESULTS, json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write_text(RESULTS.with_suffix(".md"), page(found))
+        keys = ("arm", "compensate", "density")
+        there = [{key: row[key] for key in keys} for row in found["rows"] if row["model"] == name]
+        left = [row for row in wanted_rows() if row not in there]
+        for row in measure(name, left) if left else ():
+            found["rows"].append(row)
+            models = sorted({row["model"] for row in found["rows"]})
+            found |= {
+                "kind": "dit_sparse.compensation",
+                "command": f"python {SAMPLE} {' '.join(models)}",
+                "versions": versions(),
+                "steps": STEPS,
+                "seed": SEED,
+            }
+            write_text(RESULTS, json.dumps(found, indent=1, allow_nan=False) + "\n")
+            write_text(RESULTS.with_suffix(".md"), page(found))
 
 
 if __name__ == "__main__":
