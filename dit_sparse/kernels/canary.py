@@ -14,6 +14,7 @@ from dit_sparse.core.grid import BlockLayout
 from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import cpu, native, reference
 from dit_sparse.kernels.kmeans import kmeans
+from dit_sparse.kernels.means import block_means, dropped_blocks, log_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,18 +66,64 @@ def check_kernel(
         head_dim: Of query, key and value.
         kind: Of the plan; None: the plainest.
     """
-    plan = small_plan(device, kind)
+    kinds = [Kind() if kind is None else kind._replace(means=False)]
+    if kind is not None and kind.means and hasattr(module, "add_means"):
+        kinds.append(kind._replace(weighted=False, cut=False))
+    for each in kinds:
+        error = _check_kind(module, device, dtype, head_dim, each)
+        if error is not None:
+            return error
+    return None
+
+
+@torch.no_grad()
+def _check_kind(
+    module: Any, device: torch.device, dtype: torch.dtype, head_dim: int, kind: Kind
+) -> str | None:
+    plan, scale = small_plan(device, kind), head_dim**-0.5
     random = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, tokens, 2, head_dim, generator=random).to(device=device, dtype=dtype)
         for tokens in (plan.query_length, plan.key_length, plan.key_length)
     )
-    with torch.no_grad():
-        output, lse = module.attend(query, key, value, plan, head_dim**-0.5)
-        error = getattr(module, "EXP_ERROR", 0.0)
-        # On the CPU: not every device has the reference's float64.
-        query, key, value, output, lse = (x.cpu() for x in (query, key, value, output, lse))
-        return compare(query, key, value, plan.to("cpu"), head_dim**-0.5, output, lse, error)
+    output, lse = module.attend(query, key, value, plan, scale)
+    if kind.means:
+        means = [block_means(x, plan) for x in (key, value)]
+        output, lse = module.add_means(query, *means, plan, scale, output, lse)
+        key, value = torch.cat([key, means[0]], 1), torch.cat([value, means[1]], 1)
+        plan = _means_as_keys(plan)
+    error = getattr(module, "EXP_ERROR", 0.0)
+    # On the CPU: not every device has the reference's float64.
+    query, key, value, output, lse = (x.cpu() for x in (query, key, value, output, lse))
+    found = compare(query, key, value, plan.to("cpu"), scale, output, lse, error)
+    return f"with means, {found}" if kind.means and found is not None else found
+
+
+def _means_as_keys(plan: BlockPlan) -> BlockPlan:
+    """Plan over the keys with the means behind them, each a block of its own."""
+    kv, device = plan.kv, plan.device
+    lead = kv.lengths.shape[:2]
+    behind = torch.arange(kv.slots, kv.slots + kv.blocks, dtype=torch.int32, device=device)
+    behind = behind.expand(*lead, -1)
+    layout = BlockLayout(
+        torch.cat([kv.starts, behind], -1),
+        torch.cat([kv.lengths, torch.ones_like(kv.lengths)], -1),
+        kv.slots + kv.blocks,
+        kv.max_length,
+    )
+    order = plan.kv_permutation
+    if order is not None:
+        order = torch.cat([order, behind[:1, :1].to(order.dtype)], -1)
+    return BlockPlan.from_block_mask(
+        torch.cat([plan.block_mask(), dropped_blocks(plan)], -1),
+        plan.q,
+        layout,
+        q_permutation=plan.q_permutation,
+        kv_permutation=order,
+        kv_log_weight=torch.cat(
+            [torch.zeros(*lead, kv.slots, device=device), log_lengths(plan)], -1
+        ),
+    )
 
 
 @cache
@@ -199,6 +246,7 @@ class Kind(NamedTuple):
         kv_permuted: Keys are.
         weighted: Keys have log weights.
         cut: Bit tiles cut blocks.
+        means: Dropped blocks are read as their means.
     """
 
     q_length: int = 64
@@ -210,6 +258,7 @@ class Kind(NamedTuple):
     kv_permuted: bool = False
     weighted: bool = False
     cut: bool = False
+    means: bool = False
 
     @classmethod
     def of(cls, plan: BlockPlan) -> Kind:
@@ -225,6 +274,7 @@ class Kind(NamedTuple):
             plan.kv_permutation is not None,
             plan.kv_log_weight is not None,
             plan.tiles is not None and len(plan.tiles) > 0,
+            plan.means and not plan.complete,
         )
 
 
@@ -255,12 +305,13 @@ def small_plan(device: torch.device, kind: Kind | None = None) -> BlockPlan:
     weight = torch.randn(1, 1, kv.slots, generator=random)
     weight[..., 3] = -torch.inf
     q_order, kv_order = (torch.randperm(x.slots, generator=random)[None, None] for x in (q, kv))
-    return replace(
+    plan = replace(
         plan,
         q_permutation=q_order if kind.q_permuted else None,
         kv_permutation=kv_order if kind.kv_permuted else None,
         kv_log_weight=weight if kind.weighted else None,
     ).to(device)
+    return plan.with_means() if kind.means else plan
 
 
 def _layout(lengths: list[int], spread: bool) -> BlockLayout:

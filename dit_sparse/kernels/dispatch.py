@@ -113,7 +113,8 @@ class Backends(Planning):
         if name == "reference":
             result = _rounded(result, query.dtype)
         if plan.means and not plan.complete:
-            result = self._with_means(query, key, value, plan, scale, result)
+            fused = None if needs_grad or plan.measured else getattr(module, "add_means", None)
+            result = self._with_means(query, key, value, plan, scale, result, fused)
         self.last_kernel = name
         return result
 
@@ -125,9 +126,16 @@ class Backends(Planning):
         plan: BlockPlan,
         scale: float,
         kept: tuple[Tensor, Tensor],
+        fused: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Let each row read the blocks that it drops as their means, on top of the kept ones."""
+        """Let each row read the blocks that it drops as their means, on top of the kept ones.
+
+        ``fused`` is the kernel's own way to do so, in place; None: it has none.
+        """
         keys, values = (block_means(x, plan) for x in (key, value))
+        if fused is not None:
+            merged: tuple[Tensor, Tensor] = fused(query, keys, values, plan, scale, *kept)
+            return merged
         if query.device.type != "cpu":
             return add_means(query, keys, values, plan, scale, *kept)
         means, lse = self.attend(query, keys, values, means_plan(plan), scale)

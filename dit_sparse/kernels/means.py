@@ -50,11 +50,11 @@ def _means_plan(plan: BlockPlan) -> BlockPlan:
     length = (kv.lengths > 0).int()
     start = torch.arange(kv.blocks, dtype=torch.int32, device=kv.device).expand_as(length)
     return BlockPlan.from_block_mask(
-        _dropped(plan),
+        dropped_blocks(plan),
         plan.q,
         BlockLayout(start, length, kv.blocks, 1, spread=True),
         q_permutation=plan.q_permutation,
-        kv_log_weight=kv.lengths.clamp(min=1).float().log(),
+        kv_log_weight=log_lengths(plan),
         q_tokens=plan.q_tokens,
     )
 
@@ -110,16 +110,19 @@ def add_means(
     return torch.cat(outputs, 2), torch.cat(sums, 1)
 
 
-def _dropped(plan: BlockPlan) -> Tensor:
+def log_lengths(plan: BlockPlan) -> Tensor:
+    """Give ln n of each key block, the log weight of its mean: fp32, 0 where it is empty."""
+    return plan.kv.lengths.clamp(min=1).float().log()
+
+
+def dropped_blocks(plan: BlockPlan) -> Tensor:
     """Mark the blocks with keys that each row drops whole, ``[batch, heads, q, kv_blocks]``."""
     return ~plan.block_mask() & (plan.kv.lengths > 0)[..., None, :]
 
 
 def _bias(plan: BlockPlan, tokens: int) -> tuple[Tensor, Tensor]:
     """Give ln n of each dropped block, -inf for others, and the query block of every token."""
-    dropped = _dropped(plan)
-    weight = plan.kv.lengths.clamp(min=1).float().log()[..., None, :]
-    bias = torch.where(dropped, weight, -torch.inf)
+    bias = torch.where(dropped_blocks(plan), log_lengths(plan)[..., None, :], -torch.inf)
     if plan.q_permutation is None:
         return bias, block_of_slot(plan.q)
     return bias, block_of_token(plan.q, plan.q_permutation, tokens)

@@ -187,6 +187,46 @@ def attend_backward(
     return grads[0].neg() if scale < 0 else torch.zeros_like(query), grads[1], grads[2]
 
 
+def add_means(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Take the means of dropped blocks into the attention over kept keys, without gradients.
+
+    Args:
+        query: ``[batch, seq_len, heads, head_dim]``, any strides.
+        key: Means, ``[batch, kv_blocks, heads, head_dim]``, any strides.
+        value: Like ``key``.
+        plan: What ``attend`` computed.
+        scale: Multiplies the scores.
+        output: As ``attend`` returned it; overwritten.
+        lse: As ``attend`` returned it; overwritten.
+        tiling: Tile sizes; chosen by the device where None.
+
+    Returns:
+        ``output`` and ``lse``, over kept keys and means.
+    """
+    blocks = plan.kv.blocks
+    _check_tensors(query, (("key", key, blocks), ("value", value, blocks)))
+    _check_tensors(query, (("output", output, query.shape[1]),))
+    _check_scale(scale)
+    _check_lse("lse", lse, query)
+    from dit_sparse.kernels.triton_means import add_means_launch
+    from dit_sparse.kernels.triton_target import forward_tiling, target_of
+
+    if tiling is None:
+        shape = query.dtype, query.shape[-1], plan.q.max_length, blocks
+        tiling = forward_tiling(target_of(query.device), *shape, plain=False)
+    add_means_launch(query, key, value, plan, scale, output, lse, tiling).run()
+    return output, lse
+
+
 def block_mass(
     query: Tensor,
     key: Tensor,

@@ -45,6 +45,7 @@ from dit_sparse.kernels.triton_forward import forward_launch
 from dit_sparse.kernels.triton_hopper import hopper_launch, hopper_tiling
 from dit_sparse.kernels.triton_kmeans import assign_launch, update_launches
 from dit_sparse.kernels.triton_mass import block_mass_launch
+from dit_sparse.kernels.triton_means import add_means_launch
 from tests.kernels.triton.dense import dense_launch
 
 TARGETS = {
@@ -59,6 +60,7 @@ POINTER = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -225,6 +227,7 @@ def few_names():
         "backward_query/uneven/bf16/128/128",
         *(f"backward_key/{plan}/bf16/128/128" for plan in ("uneven", "full")),
         "mass/spread/bf16/128/128",
+        "means/uneven/bf16/128/128",
         "kmeans_assign/spread/bf16/128/128",
     ]
 
@@ -242,6 +245,7 @@ def full_names():
         "backward_key/full/bf16/64/128",
         "backward_key/uneven/bf16/256/128",
         "mass/spread/bf16/64/128",
+        *(f"means/full/{row}/128" for row in ("bf16/64", "bf16/72", "bf16/256", "fp32/128")),
         *(f"delta/spread/bf16/{d}/128" for d in (64, 72, 128)),
         *(f"kmeans_assign/spread/{row}/128" for row in ("bf16/64", "bf16/256", "fp32/128")),
         *(f"kmeans_sum/spread/bf16/{d}/128" for d in (64, 128)),
@@ -289,6 +293,10 @@ def launch_for(name):
         mass = torch.empty(2, 3, layout.blocks, 1, layout.blocks)
         tiling = choose.mass_tiling(*shape)
         return block_mass_launch(*tensors[:2], lse, mass, plan.q, plan.kv, 0.1, tiling)
+    if kernel == "means":
+        means = [x[:, : layout.blocks] for x in tensors[1:3]]
+        tiling = choose.forward_tiling(*shape, plain=False)
+        return add_means_launch(tensors[0], *means, plan, 0.1, tensors[3], lse, tiling)
     if kernel.startswith("kmeans"):
         return kmeans_launch(kernel, tensors[0], target)
     launches = backward_launches(
