@@ -106,8 +106,8 @@ function show(i) {
     + "in the model's order; dense calibration run, middle of the band", 288);
   if (c) {
     const what = ran ? "as it ran, middle of the band" : c.why;
-    image(shots, ran ? D.kept[i] : c.kept, "kept pairs, rows are queries, columns are keys; " + what,
-      288);
+    image(shots, ran ? D.kept[i] : c.kept, "kept pairs, rows are queries, columns are keys; "
+      + what, 288);
     image(shots, ran ? D.seen[i] : c.seen, "keys that the middle token attends to, by frame", 640);
     if (!ran && c.kept === null) make("p", {class: "sub"}, shots, "Kept blocks: " + c.why + ".");
   }
