@@ -121,7 +121,7 @@ def test_profile_never_takes_measurements_of_another_pipeline(profile, model, tm
     after = unit.read_bytes()
     assert after != before
     unit.write_text("{")
-    assert "delete this file, it is then measured again" in " ".join(profile().stderr.split())
+    assert "delete this file to measure it again" in " ".join(profile().stderr.split())
     unit.unlink()
     assert profile().exit_code == 0
     assert unit.read_bytes() == after

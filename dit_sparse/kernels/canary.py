@@ -33,7 +33,7 @@ def check_lloyd(lloyd: Any, device: torch.device, dtype: torch.dtype, head_dim: 
     found = lloyd(points.to(device, dtype), init.to(device), 1)
     for name, got, right in zip(("centroids", "labels", "counts"), found, wanted, strict=True):
         if not torch.allclose(got.cpu().double(), right.double(), rtol=1e-6, atol=1e-6):
-            return f"{name} differ from the same in torch"
+            return f"{name} differ from the torch implementation"
     return None
 
 
@@ -187,7 +187,7 @@ def compare(
         special = ~exact.isfinite()
         same = torch.where(exact.isnan(), got.isnan(), got.double() == exact)
         if bool((special & ~same).any()) or bool((~special & ~got.isfinite()).any()):
-            return f"{name} has nan or inf in other places than the reference"
+            return f"{name} has NaN or inf at other positions than the reference"
         zero = torch.zeros((), dtype=torch.float64, device=exact.device)
         error = float(torch.where(special, zero, got.double() - exact).abs().max())
         peak = float(torch.where(special, zero, exact).abs().max())
@@ -200,7 +200,7 @@ def compare(
         elif exp_error:
             allowed += exp_error
         if not error <= allowed:
-            return f"{name} differs by {error:.3g}, allowed are {allowed:.3g}"
+            return f"{name} differs by {error:.3g}, the limit is {allowed:.3g}"
     return None
 
 

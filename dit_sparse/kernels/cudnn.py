@@ -41,9 +41,9 @@ def reasons_against(query: Tensor, plan: BlockPlan) -> list[str]:
     if query.shape[-1] not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {HEAD_DIMS}, got {query.shape[-1]}")
     if plan.partial is not None:
-        reasons.append("computes whole blocks only, the plan has blocks cut by bit tiles")
+        reasons.append("computes whole blocks only, but the plan has blocks cut by bit tiles")
     if plan.kv_log_weight is not None:
-        reasons.append("takes no log weights of keys, the plan has them")
+        reasons.append("does not support log weights of keys, which the plan has")
     if query.device.type != "cuda" or torch.version.hip is not None:
         return reasons
     major = torch.cuda.get_device_capability(query.device)[0]

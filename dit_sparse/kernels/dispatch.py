@@ -67,7 +67,7 @@ class Backends(Planning):
 
     def __init__(self, kernel: str | None = None) -> None:
         if kernel is not None and kernel not in KERNELS:
-            raise KernelError(f"no kernel is called {kernel!r}; there are {', '.join(KERNELS)}")
+            raise KernelError(f"unknown kernel {kernel!r}; available: {', '.join(KERNELS)}")
         self.kernel = kernel
         self.last_kernel: str | None = None
         """Name of the kernel that answered the last call."""
@@ -285,7 +285,8 @@ class Backends(Planning):
             plan = small_plan(query.device)
         except (RuntimeError, AssertionError) as error:  # torch without that device
             reason = (
-                f"this torch ({torch.__version__}) has no {device}: {str(error).splitlines()[0]}"
+                f"this torch ({torch.__version__}) does not support {device}: "
+                f"{str(error).splitlines()[0]}"
             )
             return [(name, [reason]) for name in names]
         return [(name, self._reasons(name, query, plan, "attend")) for name in names]
@@ -315,9 +316,9 @@ class Backends(Planning):
             return [module]
         reasons = list(module.reasons_against(query, plan))
         if not hasattr(module, operation):
-            reasons.append(f"has no {operation}")
+            reasons.append(f"does not implement {operation}")
         if needs_grad and not getattr(module, "HAS_BACKWARD", False):
-            reasons.append("computes no gradients; call it under torch.no_grad()")
+            reasons.append("does not compute gradients; call it under torch.no_grad()")
         return reasons
 
     def _choose(
@@ -449,9 +450,9 @@ def _rounded(result: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor,
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise KernelError(f"wanted [batch, seq_len, heads, head_dim] three times, got {shapes}")
+        raise KernelError(f"inputs must be [batch, seq_len, heads, head_dim], got {shapes}")
     if key.shape != value.shape:
-        raise KernelError(f"key and value must have one shape, got {shapes}")
+        raise KernelError(f"key and value must have the same shape, got {shapes}")
     batch, _, heads, head_dim = query.shape
     if (key.shape[0], key.shape[2], key.shape[3]) != (batch, heads, head_dim):
         raise KernelError(f"query and key must agree on batch, heads and head_dim, got {shapes}")
@@ -459,11 +460,12 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> No
         raise KernelError(f"no dimension may be 0, got {shapes}")
     if not query.dtype == key.dtype == value.dtype:
         raise KernelError(
-            f"query, key, value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+            f"query, key, value must have the same dtype, got {query.dtype}, {key.dtype}, "
+            f"{value.dtype}"
         )
     if not query.device == key.device == value.device:
         raise KernelError(
-            f"query, key, value must be on one device, got {query.device}, {key.device}, "
+            f"query, key, value must be on the same device, got {query.device}, {key.device}, "
             f"{value.device}"
         )
     if not math.isfinite(scale):
@@ -481,6 +483,6 @@ def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
         )
     if plan.batch not in {1, batch} or plan.heads not in {1, heads}:
         raise PlanError(
-            f"the plan tells {plan.batch} samples and {plan.heads} heads apart, query "
+            f"the plan has batch size {plan.batch} and {plan.heads} heads, query "
             f"{tuple(query.shape)} has {batch} and {heads}"
         )

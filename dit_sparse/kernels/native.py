@@ -99,7 +99,7 @@ def missing() -> str:
         found = instruction_sets()
     except NativeUnavailable as error:
         return str(error)
-    return "" if found else f"needs one of {', '.join(BEST_FIRST)}, which this processor has not"
+    return "" if found else f"needs one of {', '.join(BEST_FIRST)}, which this CPU lacks"
 
 
 def attend(
@@ -285,9 +285,11 @@ def _run(call: _Call, keys: float, instruction_set: str | None) -> bool:
         call.next, call.stop, call.result, call.careful = 0, 0, DONE, 1  # it may take no part
         _run_team(call, threads)
     if call.result == NO_MEMORY:
-        raise MemoryError("native attention: no memory for a thread's scratch, a few 100 kB each")
+        raise MemoryError(
+            "native attention: out of memory for the scratch buffers, a few 100 kB per thread"
+        )
     if call.result == NO_INSTRUCTIONS:
-        raise KernelError(f"native attention: this processor has no {name}")
+        raise KernelError(f"native attention: this CPU does not support {name}")
     return bool(call.result == DONE)
 
 

@@ -16,7 +16,7 @@ from dit_sparse.kernels import native_build
 from dit_sparse.kernels.native_build import FAILED, HOW, BuildError, name_parts
 
 ABI_VERSION = 2  # of native/call.h
-REBUILD = "build it again: `dit-sparse doctor --build`, or any make target in a checkout"
+REBUILD = "rebuild it with `dit-sparse doctor --build`, or any make target in a checkout"
 
 
 def load() -> ctypes.CDLL:
@@ -51,14 +51,14 @@ def _choose(folder: Path) -> Path:
     current = [path for path in fitting if name_parts(path)[1] == sources]
     if not current:
         raise NativeUnavailable(
-            f"{fitting[-1]} was built from other sources ({name_parts(fitting[-1])[1]}, those "
-            f"beside it are {sources}); {REBUILD}"
+            f"{fitting[-1]} was built from other sources ({name_parts(fitting[-1])[1]}; the "
+            f"installed sources are {sources}); {REBUILD}"
         )
     whole = [path for path in current if name_parts(path)[2] == native_build.content_hash(path)]
     if not whole:
         raise NativeUnavailable(
-            f"{current[-1]} is damaged: its content has digest "
-            f"{native_build.content_hash(current[-1])}, not the one in its name; {REBUILD}"
+            f"{current[-1]} is damaged: the digest of its content is "
+            f"{native_build.content_hash(current[-1])}, which differs from its name; {REBUILD}"
         )
     return whole[-1]
 
@@ -67,11 +67,11 @@ def _why_missing(folder: Path, there: list[Path], target: str) -> str:
     failed = folder / FAILED
     if failed.is_file():
         lines = failed.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
-        more = f" (all of it: {failed})" if len(lines) > 1 else ""
+        more = f" (full output: {failed})" if len(lines) > 1 else ""
         return f"building the native library failed: {lines[0]}{more}"
     if there:
         others = ", ".join(sorted({name_parts(path)[0] for path in there}))
-        return f"{folder} has a native library for {others}, this process needs {target}"
+        return f"{folder} has a native library for {others}, but this process needs {target}"
     return f"no native library for {target} in {folder}"
 
 
@@ -87,7 +87,7 @@ def _open(path: Path) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} cannot be loaded: {error}; {REBUILD}") from error
     if (abi, sources) != (ABI_VERSION, name_parts(path)[1]):
         raise NativeUnavailable(
-            f"{path} is of another version: it states interface {abi} and sources {sources}, "
-            f"wanted {ABI_VERSION} and {name_parts(path)[1]}; {REBUILD}"
+            f"{path} has another version: its interface is {abi} and its sources are {sources}, "
+            f"expected {ABI_VERSION} and {name_parts(path)[1]}; {REBUILD}"
         )
     return library

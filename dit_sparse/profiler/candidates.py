@@ -157,16 +157,16 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
     items = [item.strip() for item in _split(text)]
     if not any(items):
         raise ProfileError(
-            f"candidates: wanted methods with commas, as in radial,adaspa:density=0.25, or one of "
-            f"{', '.join(presets())}; got {text!r:.80}"
+            "candidates: must be comma-separated methods, e.g. radial,adaspa:density=0.25, or "
+            f"one of {', '.join(presets())}; got {text!r:.80}"
         )
     for item in items:
         if item.startswith("-"):
             kept = [want for want in found if want.method != item[1:]]
             if len(kept) == len(found):
                 raise ProfileError(
-                    f"candidates: {item:.80}: no candidate before it is of such a method; there "
-                    f"are {', '.join(dict.fromkeys(want.method for want in found)) or 'none'}"
+                    f"candidates: {item:.80}: no preceding candidate uses this method; preceding "
+                    f"methods: {', '.join(dict.fromkeys(want.method for want in found)) or 'none'}"
                 )
             found = kept
             continue
@@ -175,10 +175,10 @@ def parse_candidates(text: str) -> tuple[Wanted, ...]:
         for one in (item,) if known else presets().get(item, (item,)):
             found += _wanted(one)
     if not found:
-        raise ProfileError(f"candidates: {text!r:.80} leaves none")
+        raise ProfileError(f"candidates: {text!r:.80} removes every candidate")
     doubled = sorted({w.text for w in found if sum(o.text == w.text for o in found) > 1})
     if doubled:
-        raise ProfileError(f"candidates: {doubled[0]} is named twice")
+        raise ProfileError(f"candidates: duplicate candidate {doubled[0]}")
     return tuple(found)
 
 
@@ -201,7 +201,7 @@ def _wanted(item: str) -> list[Wanted]:
     name, *pairs = _split(item, ":")
     if name not in METHODS or name == "dense":
         raise ProfileError(
-            f"candidates: {name!r:.80} is no method or preset; methods: "
+            f"candidates: unknown method or preset {name!r:.80}; methods: "
             f"{', '.join(sorted(set(METHODS) - {'dense'}))}; presets: {', '.join(presets())} "
             "(dense is always a choice)"
         )
@@ -210,11 +210,13 @@ def _wanted(item: str) -> list[Wanted]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or key in params:
-            raise ProfileError(f"candidates: {item}: wanted KEY=VALUE once each, got {pair!r:.80}")
+            raise ProfileError(
+                f"candidates: {item}: must be KEY=VALUE, each key once, got {pair!r:.80}"
+            )
         if key in at_start:
             raise ProfileError(
-                f"candidates: {item}: {key} cannot be set: in a profile every step band searches "
-                "when it begins; leave it out"
+                f"candidates: {item}: {key} cannot be set, because in a profile every step band "
+                "searches when it begins; remove it"
             )
         try:
             params[key] = json.loads(value)
@@ -246,7 +248,7 @@ def _level(item: str) -> tuple[str, float | None]:
         if 0 < (level := float(text)) <= 1:
             return base, level
     raise ProfileError(
-        f"candidates: {item:.80}: wanted a density in (0, 1] after @, got {text!r:.20}"
+        f"candidates: {item:.80}: density after @ must be in (0, 1], got {text!r:.20}"
     )
 
 

@@ -53,7 +53,7 @@ class Bands:
         edges = self.edges
         if len(edges) < 2 or sorted(set(edges)) != list(edges) or (edges[0], edges[-1]) != (0, 1):
             raise ProfileError(
-                f"bands must be fractions of the run that ascend from 0 to 1, got {list(edges)}; "
+                f"bands must be ascending fractions of the run from 0 to 1, got {list(edges)}; "
                 "try [0, 0.33, 0.67, 1]"
             )
         if self.captures < 2:
@@ -104,9 +104,7 @@ class Measuring:
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.sample is not None and (self.sample < 2 and self.sample != 0):
-            raise ProfileError(
-                f"sample must be a number of rows from 2 on, or 0 for all, got {self.sample}"
-            )
+            raise ProfileError(f"sample must be at least 2 rows, or 0 for all, got {self.sample}")
         if self.shortlist < 0:
             raise ProfileError(
                 f"shortlist must be at least 1, or 0 to measure all candidates, got "
@@ -262,7 +260,7 @@ def capture(
             pipe(**call_of(pipe, arguments, seed))
         reasons = handle.report().reasons
     if not listener.calls and (band is None or not listener.about):  # a band may have no step
-        why = "; ".join(reasons) or "the pipeline called no attention that dit_sparse knows"
+        why = "; ".join(reasons) or "the pipeline called no attention that dit_sparse supports"
         raise ProfileError(f"nothing could be measured: {why}")
     return listener.unit()
 

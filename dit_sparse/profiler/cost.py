@@ -155,7 +155,7 @@ def agreement(predicted: Sequence[float], measured: Sequence[float]) -> tuple[fl
     """
     if len(predicted) != len(measured) or len(measured) < 2:
         raise ValueError(
-            f"wanted two lists of one length from 2 on, got {len(predicted)} and {len(measured)}"
+            f"need two lists of equal length, at least 2, got {len(predicted)} and {len(measured)}"
         )
     one, other = np.asarray(predicted, float), np.asarray(measured, float)
     if not (other > 0).all():

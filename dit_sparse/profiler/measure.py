@@ -164,9 +164,9 @@ class Meter:
         self._sizes[place] = nbytes(own.state)
         if self.state_bytes > self.state_limit:
             raise ProfileError(
-                f"candidates remember {self.state_bytes / 2**30:.1f} GiB at layer {call.layer}, "
-                f"the limit is {self.state_limit / 2**30:.1f}: leave {candidate.name} out, raise "
-                "state_limit, or profile a smaller size"
+                f"the state of the candidates takes {self.state_bytes / 2**30:.1f} GiB at layer "
+                f"{call.layer}, the limit is {self.state_limit / 2**30:.1f} GiB: remove "
+                f"{candidate.name}, raise state_limit, or profile a smaller size"
             )
         error, doubt, recall = _compare(output, kept, exact, lse, plan, rows)
         norm = norm.clamp(min=torch.finfo(torch.float64).tiny)

@@ -64,7 +64,7 @@ def refit(strategy: Strategy, grid: LatentsGrid, *, count: bool = False) -> Reti
     """
     old = strategy.grid
     if old is None:
-        raise ProfileError(f"{strategy.name}: grid: names none, so there is nothing to scale from")
+        raise ProfileError(f"{strategy.name}: grid: is missing, so there is no size to scale from")
     new = Grid(frames=grid.frames, height=grid.height, width=grid.width, text=grid.text_length)
     if new == old:
         return Retiled(strategy)
@@ -127,8 +127,8 @@ def _blocks(strategy: Strategy, grid: LatentsGrid) -> list[str]:
     methods = {r.method for r in strategy.rules if r.params.get("block_size") == other}
     if not methods:
         return []
-    told = f"{', '.join(sorted(methods))}: blocks of {other} tokens stay; a search at "
-    return [f"{told}{grid.tokens:,} tokens would take {wanted}"]
+    told = f"{', '.join(sorted(methods))}: blocks of {other} tokens are kept; a search at "
+    return [f"{told}{grid.tokens:,} tokens would use {wanted}"]
 
 
 def _drifts(one: Strategy, other: Strategy) -> list[str]:

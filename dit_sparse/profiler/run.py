@@ -190,8 +190,8 @@ def profile(
         versions=versions(),
         measured=measured,
         note=f"Searched for {wish}; {len(options)} candidates{shortlisted}, {bands.captures} "
-        f"calls measured a layer and step band. Time model: {model.source}. Errors are of heads' "
-        f"outputs before the projection, {ON_INPUTS[sequential]}.",
+        f"calls measured per layer and step band. Time model: {model.source}. Errors are of "
+        f"heads' outputs before the projection, {ON_INPUTS[sequential]}.",
     )
     strategy = strategy_of(name, models, found[0]["about"], rules, receipt)
     if check:
@@ -209,8 +209,8 @@ def _check_sequential(sequential: str, wish: Wish) -> None:
         )
     if sequential == "layers" and wish.rule == "time" and wish.target is None:
         raise ProfileError(
-            "sequential layers: each layer decides by itself, by a target or Sparse-vDiT's rule; "
-            f"this wish is for the {wish}; give a target, or take sequential bands"
+            "sequential layers: each layer chooses separately, which requires a target or "
+            f"Sparse-vDiT's rule, got: {wish}; give a target, or use sequential bands"
         )
 
 

@@ -69,8 +69,8 @@ class Unit(Part):
             for name, values in lists:
                 if values is not None and len(values) != heads:
                     raise ValueError(
-                        f"calls[{i}]: {name} has {len(values)} numbers, wanted one for each of "
-                        f"{heads} heads"
+                        f"calls[{i}]: {name} must have one number for each of {heads} heads, "
+                        f"got {len(values)}"
                     )
             if call.stage not in self.steps:
                 raise ValueError(f"calls[{i}]: stage {call.stage!r:.80} is not in steps")

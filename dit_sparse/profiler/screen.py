@@ -164,7 +164,7 @@ def screen(
             pipe(**call_of(pipe, arguments, seed))
         reasons = handle.report().reasons
     if listener.observed is None or not listener.observed.calls:
-        why = "; ".join(reasons) or "the pipeline called no attention that dit_sparse knows"
+        why = "; ".join(reasons) or "the pipeline called no attention that dit_sparse supports"
         raise ProfileError(f"nothing could be measured: {why}")
     found, screened = shortlist(listener.observed, how)
     return {

@@ -104,12 +104,12 @@ def minimise(
     """
     if sum(each is not None for each in (target, budget, density)) != 1:
         raise ProfileError(
-            "give one of a target (largest error), a budget (largest time) and a density"
+            "give exactly one of target (maximum error), budget (maximum time) and density"
         )
     what = "budget" if density is None else "density"
     budget = density if budget is None else budget
     if target is not None and not 0 <= target < inf:
-        raise ProfileError(f"target must be a relative error from 0, got {target}; try 0.1")
+        raise ProfileError(f"target must be a relative error of at least 0, got {target}; try 0.1")
     if budget is not None and not 0 < budget < inf:
         raise ProfileError(f"{what} must be a share of dense above 0, got {budget}")
     weight = sum(cell.steps * cell.error.shape[0] for cell in cells)
@@ -124,7 +124,7 @@ def minimise(
         least = sum(min(o.time for o in each) for each in options)
         if least > limit * (1 + 1e-12):
             raise ProfileError(
-                f"{what}: {budget:g} of dense cannot be met: the sparsest choice takes "
+                f"{what}: {budget:g} of dense cannot be reached, the sparsest choice takes "
                 f"{least / dense:.3f}; give at least that, or sparser candidates"
             )
         picked, bound = _knapsack(options, limit, cost=1, bounded=0)

@@ -70,14 +70,14 @@ class Store:
             ours = {name for name in names if OURS.fullmatch(name)}
             if SETUP not in names and names > ours:
                 raise ProfileError(
-                    f"{self.folder}: has no {SETUP}, so its files are not a profiler's; name "
-                    "another output"
+                    f"{self.folder}: has no {SETUP}, so its files were not written by the "
+                    "profiler; choose another output"
                 )
             for name in ours if fresh else ():
                 (self.folder / name).unlink()
         except OSError as error:
             raise ProfileError(
-                f"{self.folder}: cannot be made: {error.strerror or error}"
+                f"{self.folder}: cannot be created: {error.strerror or error}"
             ) from error
         if ours and SETUP not in names and not fresh:
             raise ProfileError(
@@ -96,7 +96,7 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            remedy = "delete this file, it is then measured again"
+            remedy = "delete this file to measure it again"
             if name == SETUP:
                 remedy = (
                     "it says what the folder's measurements are of: add --fresh (fresh=True) to "

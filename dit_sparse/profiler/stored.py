@@ -91,7 +91,7 @@ def read_stored(folder: Path) -> Stored | None:
         about = units[0]["about"]
         sizes = {key: about[key] for key in ("num_steps", "layers", "heads")}
         if wrong := [f"{key} {n!r:.40}" for key, n in sizes.items() if not 1 <= n <= MOST]:
-            raise ValueError(f"{', '.join(wrong)}: wanted 1 to {MOST}")  # noqa: TRY301
+            raise ValueError(f"{', '.join(wrong)}: must be from 1 to {MOST}")  # noqa: TRY301
         grid = LatentsGrid(*about["grid"])
         bands = Bands(tuple(setup["bands"]), setup["captures"])
         candidates = listed(store)
@@ -119,12 +119,12 @@ def read_stored(folder: Path) -> Stored | None:
             costs.source,
             "dense inputs"
             if setup.get("sequential", "none") == "none"
-            else "inputs that the choices before made",
+            else "inputs that earlier choices produced",
         )
     except (KeyError, TypeError, IndexError, ValueError, AssertionError) as error:
         raise ProfileError(
-            f"{folder}: not what this version of the profiler writes ({type(error).__name__}: "
-            f"{error}); measure anew with --fresh"
+            f"{folder}: not written by this version of the profiler ({type(error).__name__}: "
+            f"{error}); add --fresh to measure again"
         ) from error
 
 
@@ -134,7 +134,7 @@ def fits(stored: Stored, strategy: Strategy) -> str | None:
     found = stored.grid
     sides = (found.frames, found.height, found.width, found.text_length)
     if grid is None or (grid.frames, grid.height, grid.width, grid.text) != sides:
-        return f"it was measured at {found} tokens, which is not the strategy's grid"
+        return f"it was measured at {found} tokens, but the strategy has another grid"
     for rule in strategy.rules:
         for named, size, word in ((rule.layers, stored.layers, "layer"),
                                   (rule.heads, stored.heads, "head")):  # fmt: skip
@@ -148,4 +148,4 @@ def _wanted(text: str) -> Wanted:
     for found in parse_candidates(text):
         if found.text == text:
             return found
-    raise ProfileError(f"no candidate is called {text!r:.80} in this version")
+    raise ProfileError(f"this version has no candidate {text!r:.80}")

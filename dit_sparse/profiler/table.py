@@ -68,7 +68,7 @@ def sum_up(
         if unit["about"] != about:
             raise ProfileError(
                 f"unit {number} has {unit['about']}, unit 0 has {about}: all prompts must "
-                "generate the same size in as many steps"
+                "have the same size and number of steps"
             )
     calls: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     wanted = [candidate.name for candidate in candidates]

@@ -107,8 +107,8 @@ class _Places:
         known = [i for i, c in enumerate(self.stored.candidates, 1) if c.method == rule.method]
         if not known:
             raise ProfileError(
-                f"{self.stored.folder}: {rule.method} was not among the candidates, so it cannot "
-                "tell what it costs there; search with the same candidates"
+                f"{self.stored.folder}: {rule.method} was not among the candidates, so its cost "
+                "there is unknown; search with the same candidates"
             )
         wanted = self._wanted(rule)
         row = self.stored.rows[key]
@@ -130,7 +130,7 @@ class _Places:
             if found is None:
                 raise ProfileError(
                     f"{self.stored.folder}: {rule.method} was measured with other params, and "
-                    "what these keep depends on the content; search with the same candidates"
+                    "its density depends on the content; search with the same candidates"
                 )
             self._density[id(rule)] = found
         return self._density[id(rule)]

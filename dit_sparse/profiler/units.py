@@ -150,7 +150,7 @@ class Work:
         for band in range(count):
             part = self.store.read(f"chosen-{band}.json")
             if part is None:
-                raise ProfileError(f"band {band + 1}: no process has decided it")
+                raise ProfileError(f"band {band + 1}: no process has chosen its methods")
             found.append({(s, layer, b): tuple(c) for s, layer, b, c in part["choices"]})
         return found
 

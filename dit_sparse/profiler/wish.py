@@ -39,10 +39,10 @@ class Wish:
     def __post_init__(self) -> None:
         """Check ranges; without a wish the target is ``TARGET``."""
         if self.rule not in {"time", "sparse-vdit"} or self.loss not in {"relative", "mse"}:
-            raise ProfileError(f"no rule {self.rule!r} with loss {self.loss!r}")
+            raise ProfileError(f"unknown rule {self.rule!r} with loss {self.loss!r}")
         limits = [each for each in (self.target, self.budget, self.density) if each is not None]
         if len(limits) > 1:
-            raise ProfileError("target, budget and density exclude each other: give one")
+            raise ProfileError("target, budget and density cannot be combined; give one")
         if self.target is not None and not 0 <= self.target <= 1:
             raise ProfileError(f"target must be an error in [0, 1], got {self.target}; try 0.1")
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -51,7 +51,7 @@ class Wish:
             raise ProfileError(f"density must be in (0, 1], got {self.density}; try 0.5")
         if not 0 <= self.weight < float("inf") or not 0 < self.epsilon < float("inf"):
             raise ProfileError(
-                f"lambda must be from 0 and epsilon above 0, got {self.weight}, {self.epsilon}"
+                f"lambda must be >= 0 and epsilon > 0, got {self.weight} and {self.epsilon}"
             )
         if not limits:
             object.__setattr__(self, "target", TARGET)

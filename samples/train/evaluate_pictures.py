@@ -64,7 +64,7 @@ def summarize(path: Path) -> None:
         f"{n} object{'s' * (n > 1)}": [r for r in rows if r["objects"] == f"{n}"]
         for n in (1, 2, 3)
     }
-    print("| pictures | colour | shape | place | whole picture |\n|---|---|---|---|---|")
+    print("| images | colour | shape | place | whole image |\n|---|---|---|---|---|")
     for name, group in groups.items():
         total = sum(int(row["objects"]) for row in group)
         cells = [
@@ -74,7 +74,7 @@ def summarize(path: Path) -> None:
         whole = sum(row["right"] == "True" for row in group)
         print(f"| {name} | {' | '.join(cells)} | {whole}/{len(group)} |")
     extras = sum(row["extras"] == "True" for row in rows)
-    print(f"pictures with a colour that nobody asked for: {extras}")
+    print(f"images with a colour that the prompt does not name: {extras}")
 
 
 def main() -> None:

@@ -337,7 +337,7 @@ REQUESTS = {
     "wrong type": (["--set", "decay_factor=many"], ["decay_factor", "many"]),
     "out of range": (["--set", "block_size=9999"], ["block_size", "[1, 1024]"]),
     "layer out of range": (["--set", "dense_layers=[77]"], ["layer 77 is out of range"]),
-    "kernel": (["--kernel", "fast"], ["no kernel is called 'fast'", "cpu"]),
+    "kernel": (["--kernel", "fast"], ["unknown kernel 'fast'", "cpu"]),
     "size": (["--height", "70"], ["WanPipeline: `height` and `width` have to be divisible by 16"]),
 }
 
@@ -553,7 +553,7 @@ def test_doctor_s_exit_code_is_1_where_something_is_wrong(monkeypatch):
 
 def test_bench_runs_small_and_writes_its_numbers(tmp_path):
     few = ["--block-size", "128", "--density", "0.125", "--threads", "1", "--repeats", "1"]
-    refused(run("bench", "--kernel", "fast"), "no kernel is called 'fast'")
+    refused(run("bench", "--kernel", "fast"), "unknown kernel 'fast'")
     refused(run("bench", "-o", tmp_path), "must be a file name")
     refused(run("bench", "-o", tmp_path / "no" / "x.json"), "must be a file name")
     refused(run("bench", "--shape", "8x8"), "shape '8x8' matches 0", "8x32x32x2x64")

@@ -82,11 +82,11 @@ def test_explain_names_every_kernel():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_explain_says_that_a_device_is_not_there():
     for reasons in dict(Backends().explain("cuda")).values():
-        assert "has no cuda" in reasons[0]
+        assert "does not support cuda" in reasons[0]
 
 
 def test_an_unknown_kernel_is_refused():
-    with pytest.raises(KernelError, match="no kernel is called 'fast'; there are "):
+    with pytest.raises(KernelError, match="unknown kernel 'fast'; available: "):
         Backends("fast")
 
 
@@ -104,14 +104,14 @@ def test_a_kernel_that_cannot_is_not_replaced_in_silence(fake):
     assert "fake: likes no Fridays\n  fake: needs a bigger chip" in str(error.value)
     Backends().attend(*inputs(), PLAN, 0.25)
     fake.reasons_against = lambda _query, _plan: []
-    with pytest.raises(KernelError, match="fake: has no block_mass"):
+    with pytest.raises(KernelError, match="fake: does not implement block_mass"):
         Backends("fake").block_mass(*inputs()[:2], torch.zeros(2, 3, 39), LAYOUT, LAYOUT, 0.25)
 
 
 def test_gradients_are_never_dropped_in_silence(fake):
     query, key, value = inputs()
     key.requires_grad_()
-    with pytest.raises(KernelError, match="fake: computes no gradients"):
+    with pytest.raises(KernelError, match="fake: does not compute gradients"):
         Backends("fake").attend(query, key, value, PLAN, 0.25)
     with torch.no_grad():
         Backends("fake").attend(query, key, value, PLAN, 0.25)
@@ -126,9 +126,9 @@ def test_gradients_are_never_dropped_in_silence(fake):
     [
         (lambda o, e: (o * 1.001, e), "output differs by"),
         (lambda o, e: (o, e * 0.6931), "lse differs by"),
-        (lambda o, e: (o, e.nan_to_num(neginf=0.0)), "lse has nan or inf in other places"),
+        (lambda o, e: (o, e.nan_to_num(neginf=0.0)), "lse has NaN or inf at other positions"),
         (lambda o, e: (o.double(), e), "output is torch.float64"),
-        (lambda o, e: (torch.full_like(o, torch.nan), e), "output has nan or inf"),
+        (lambda o, e: (torch.full_like(o, torch.nan), e), "output has NaN or inf"),
     ],
 )
 def test_a_wrong_kernel_is_found_before_its_first_use(fake, spoil, words):
@@ -192,13 +192,13 @@ def changed(index, change):
 @pytest.mark.parametrize(
     ("spoil", "scale", "words"),
     [
-        (changed(0, lambda x: x[0]), 0.25, "three times, got query"),
-        (changed(1, lambda x: x[:, :5]), 0.25, "key and value must have one shape"),
+        (changed(0, lambda x: x[0]), 0.25, "seq_len, heads, head_dim], got query"),
+        (changed(1, lambda x: x[:, :5]), 0.25, "key and value must have the same shape"),
         (changed(0, lambda x: x[..., :8]), 0.25, "agree on batch, heads and head_dim"),
         (changed(0, lambda x: x[:, :, :1]), 0.25, "agree on batch, heads and head_dim"),
         (changed(0, lambda x: x[:, :0]), 0.25, "no dimension may be 0"),
-        (changed(1, lambda x: x.double()), 0.25, "one dtype, got torch.float32, torch.float64"),
-        (changed(2, lambda x: x.to("meta")), 0.25, "one device, got cpu, cpu, meta"),
+        (changed(1, lambda x: x.double()), 0.25, "same dtype, got torch.float32, torch.float64"),
+        (changed(2, lambda x: x.to("meta")), 0.25, "same device, got cpu, cpu, meta"),
         (changed(0, lambda x: x), float("nan"), "scale must be finite, got nan"),
         (changed(0, lambda x: x), float("inf"), "scale must be finite, got inf"),
     ],
@@ -223,8 +223,8 @@ def plan_for(batch, heads):
             r"38 query and 39 key tokens, query \(2, 39, 3, 16\) has 39, key 39",
         ),
         (BlockPlan.full(LAYOUT, BlockLayout.from_lengths([40])), "39 query and 40 key tokens"),
-        (plan_for(3, 1), "3 samples and 1 heads apart"),
-        (plan_for(1, 2), "1 samples and 2 heads apart"),
+        (plan_for(3, 1), "batch size 3 and 1 heads"),
+        (plan_for(1, 2), "batch size 1 and 2 heads"),
         (PLAN.to("meta"), "the plan is on meta, query on cpu"),
     ],
 )

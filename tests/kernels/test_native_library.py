@@ -204,7 +204,7 @@ def test_wrong_architecture_under_the_right_name(sources):
 def test_another_interface_version(sources):
     write_sources(sources, SOURCE % (ABI + 1, 1))
     native_build.build()
-    refused(f"is of another version: it states interface {ABI + 1} .* wanted {ABI}")
+    refused(f"has another version: its interface is {ABI + 1} .* expected {ABI}")
 
 
 @needs_compiler
@@ -212,7 +212,7 @@ def test_another_kernels_library_under_our_name(sources):
     library = native_build.build()
     write_sources(sources, SOURCE % (ABI, 2))
     rename(library, sources=native_build.source_hash())
-    refused("is of another version: it states interface")
+    refused("has another version: its interface is")
 
 
 @needs_compiler

@@ -83,7 +83,7 @@ def test_windows_and_clusters_grow_with_the_grid():
 def test_the_same_grid_changes_nothing_and_no_grid_is_refused():
     strategy = made(rule())
     assert retile(strategy, LatentsGrid(9, 16, 16)) == (strategy, ())
-    with pytest.raises(ProfileError, match="grid: names none"):
+    with pytest.raises(ProfileError, match="grid: is missing"):
         retile(strategy.model_copy(update={"grid": None}), LatentsGrid(9, 16, 16))
 
 

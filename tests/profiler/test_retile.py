@@ -285,7 +285,7 @@ def test_a_search_judged_by_its_own_tables_is_its_receipt(searched):
 def test_measurements_of_another_grid_are_not_taken(searched):
     strategy = Strategy.load(searched / "small.json")
     stored = read_stored(beside(searched / "large.json"))
-    assert "not the strategy's grid" in fits(stored, strategy)
+    assert "the strategy has another grid" in fits(stored, strategy)
     far = strategy.model_copy(update={"rules": (Rule(method="radial", layers=(5,)),)})
     own = read_stored(beside(searched / "small.json"))
     assert "names layer 5" in fits(own, far)

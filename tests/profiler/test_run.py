@@ -233,7 +233,7 @@ def test_a_broken_store_is_refused(wan, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "a.txt").write_text("mine")
-    with pytest.raises(ProfileError, match="not a profiler's; name another"):
+    with pytest.raises(ProfileError, match="not written by the profiler; choose another"):
         search(*wan, store=Store(full), fresh=True)
     assert (full / "a.txt").read_text() == "mine"
 
@@ -269,7 +269,11 @@ def measured(wan, tmp_path_factory):
         ("unit-00000", drop("calls"), "calls: this key is missing"),
         ("unit-00000", put("three", "about", "grid", 0), r"about\.grid\[0\]: .*got 'three'"),
         ("unit-00000", put(0, "about", "heads"), "about.heads: .*got 0"),
-        ("unit-00000", put([1], "calls", 0, "power"), "power has 1 numbers, wanted .* 2 heads"),
+        (
+            "unit-00000",
+            put([1], "calls", 0, "power"),
+            "power must have one number .* 2 heads, got 1",
+        ),
         ("unit-00000", put("other", "calls", 0, "stage"), "stage 'other' is not in steps"),
         ("unit-00000", put({}, "calls", 0, "found", 0), r"found\[0\]\.candidate: this key is mi"),
         ("unit-00000-band-0", drop("about"), "about: this key is missing"),

@@ -203,5 +203,5 @@ def test_rows_to_compare():
     assert [Measuring((), None).rows(grid) for grid in (small, large)] == [16, 64]
     assert Measuring((), None, sample=0).rows(large) is None
     assert Measuring((), None, sample=5).rows(large) == 5
-    with pytest.raises(ProfileError, match="sample must be a number of rows from 2 on"):
+    with pytest.raises(ProfileError, match="sample must be at least 2 rows"):
         Measuring((), None, sample=1)

@@ -213,7 +213,7 @@ def test_layers_in_other_families(family):
 
 
 def test_a_wish_that_layers_cannot_decide_is_refused(wan):
-    with pytest.raises(ProfileError, match="each layer decides by itself"):
+    with pytest.raises(ProfileError, match="each layer chooses separately"):
         search(*wan, sequential="layers", wish=Wish(budget=0.5))
     with pytest.raises(ProfileError, match="sequential must be one of none, bands, layers"):
         search(*wan, sequential="heads")

@@ -102,12 +102,13 @@ function show(i) {
   });
   const shots = make("div", {class: "shots"}, box);
   const ran = i in D.kept;
-  image(shots, D.attention[i], "attention map: softmax mass, queries down, keys across, in the "
-    + "model's order; dense calibration run, middle of the band", 288);
+  image(shots, D.attention[i], "attention map: softmax mass, rows are queries, columns are keys, "
+    + "in the model's order; dense calibration run, middle of the band", 288);
   if (c) {
     const what = ran ? "as it ran, middle of the band" : c.why;
-    image(shots, ran ? D.kept[i] : c.kept, "kept pairs, queries down, keys across; " + what, 288);
-    image(shots, ran ? D.seen[i] : c.seen, "what the middle token reads, frame by frame", 640);
+    image(shots, ran ? D.kept[i] : c.kept, "kept pairs, rows are queries, columns are keys; "
+      + what, 288);
+    image(shots, ran ? D.seen[i] : c.seen, "keys that the middle token attends to, by frame", 640);
     if (!ran && c.kept === null) make("p", {class: "sub"}, shots, "Kept blocks: " + c.why + ".");
   }
   if (!(i in D.attention)) make("p", {class: "sub"}, shots, D.no_attention);
@@ -116,8 +117,8 @@ function show(i) {
 function table(box, i, c) {
   const t = D.candidates;
   if (!t || !t.columns.error[i].length) {
-    if (c) make("p", {class: "sub"}, box, "Other candidates: no measurements stand beside the "
-      + "file, so what they would have done here is not known.");
+    if (c) make("p", {class: "sub"}, box, "Other candidates: there are no measurements next to "
+      + "the file, so their results for this head are unknown.");
     return;
   }
   make("h2", {style: "margin-top:14px"}, box, "Candidates measured here");
