@@ -218,11 +218,11 @@ def add_means(
     _check_scale(scale)
     _check_lse("lse", lse, query)
     from dit_sparse.kernels.triton_means import add_means_launch
-    from dit_sparse.kernels.triton_target import forward_tiling, target_of
+    from dit_sparse.kernels.triton_target import means_tiling, target_of
 
     if tiling is None:
         shape = query.dtype, query.shape[-1], plan.q.max_length, blocks
-        tiling = forward_tiling(target_of(query.device), *shape, plain=False)
+        tiling = means_tiling(target_of(query.device), *shape)
     add_means_launch(query, key, value, plan, scale, output, lse, tiling).run()
     return output, lse
 

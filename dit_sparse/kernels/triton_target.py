@@ -8,7 +8,7 @@ rules options out; which of the rest is fastest is a question for a GPU, so ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -201,6 +201,19 @@ def backward_tilings(
 def mass_tiling(target: str, dtype: torch.dtype, head_dim: int, q_max: int, kv_max: int) -> Tiling:
     """Choose the tiling of the block mass kernel; see ``forward_tiling`` for the arguments."""
     return forward_tiling(target, dtype, head_dim, q_max, kv_max, plain=False)
+
+
+def means_tiling(target: str, dtype: torch.dtype, head_dim: int, q_max: int, means: int) -> Tiling:
+    """Choose the tiling of the kernel that adds means; see ``forward_tiling`` for the arguments.
+
+    It holds a mask and a weight for each key besides the tiles, so these are narrower.
+    """
+    tiling = forward_tiling(target, dtype, head_dim, q_max, means, plain=False)
+    if dtype == torch.float32:
+        return tiling
+    block_m = min(tiling.block_m, 64) if head_dim > 128 else tiling.block_m
+    block_n = min(tiling.block_n, 16 if target == "gfx1100" else 32)
+    return replace(tiling, block_m=block_m, block_n=block_n, stages=min(tiling.stages, 2))
 
 
 def kmeans_tiling(target: str, dtype: torch.dtype, head_dim: int, clusters: int) -> Tiling:

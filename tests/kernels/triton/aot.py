@@ -295,7 +295,7 @@ def launch_for(name):
         return block_mass_launch(*tensors[:2], lse, mass, plan.q, plan.kv, 0.1, tiling)
     if kernel == "means":
         means = [x[:, : layout.blocks] for x in tensors[1:3]]
-        tiling = choose.forward_tiling(*shape, plain=False)
+        tiling = choose.means_tiling(*shape)
         return add_means_launch(tensors[0], *means, plan, 0.1, tensors[3], lse, tiling)
     if kernel.startswith("kmeans"):
         return kmeans_launch(kernel, tensors[0], target)
