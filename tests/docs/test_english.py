@@ -57,7 +57,6 @@ LATER = (
     "docs/atlas.md",
     "docs/benchmarks/",
     "docs/composition.md",
-    "docs/decisions/",
     "docs/profiler.md",
     "samples/",
     "dit_sparse/kernels/",
