@@ -25,19 +25,21 @@ ROLES = ("diagonal", "multi-diagonal", "frame", "stripe", "sharp", "diffuse", "s
 TEMPLATE = """\
 # Attention atlas of the small models
 
-Where each head of the shipped small models looks, and how that moves over layers and steps, beside
-the same architecture with random weights. These models were trained for this repository and stand
-for nothing else. What carries over is the method, and that random weights tell nothing about
-sparse attention. `python samples/atlas/run.py samples/<model>` measures (one prompt, the
-conditional pass, exact softmax), `python samples/atlas/page.py` writes this page;
-`docs/benchmarks/atlas/*.json` has every head.
+This page shows where each head of the shipped small models attends, and how this changes over
+layers and steps, compared with the same architecture with random weights. These models were
+trained for this repository and do not represent other models. Two things carry over: the method,
+and the finding that random weights say nothing about sparse attention.
+`python samples/atlas/run.py samples/<model>` measures (one prompt, the conditional pass, exact
+softmax), and `python samples/atlas/page.py` writes this page; `docs/benchmarks/atlas/*.json` contains
+every head.
 
-- *best quarter*: softmax mass that a block of 64 queries finds in the heaviest quarter of its key
-  blocks, mean. Uniform attention has 0.25: nothing can be left out for free.
-- *diagonal*: its own place (2 latent pixels around) in its own frame; *multi-diagonal*: in all
-  frames; *frame*: anywhere in its own frame; *stripe*: the same keys whatever the query;
-  *skippable*: the mean value does within half of the output's norm; *sharp*: few blocks, none of
-  these; *diffuse*: the rest. Thresholds are in [`heads.py`](../samples/atlas/heads.py).
+- *best quarter*: the mean softmax mass that a block of 64 queries gives to the heaviest quarter
+  of its key blocks. Uniform attention has 0.25, so nothing can be dropped for free.
+- Roles of heads, by where a query attends: *diagonal*: to its own position (within 2 latent
+  pixels) in its own frame; *multi-diagonal*: to its own position in all frames; *frame*:
+  anywhere in its own frame; *stripe*: to the same keys for every query; *skippable*: the mean
+  value approximates the output to within half of its norm; *sharp*: to few blocks, none of the
+  above; *diffuse*: the rest. Thresholds are in [`heads.py`](../samples/atlas/heads.py).
 {% for model in models %}
 ## {{ model.model }}
 
@@ -96,7 +98,7 @@ def changes(told: dict[str, Any]) -> str:
     steps = sorted(told["trained"], key=int)
     by_step = [[head["role"] for head in heads_of(told["trained"], step)] for step in steps]
     moved = sum(len(set(roles)) > 1 for roles in zip(*by_step, strict=True))
-    return f"{moved} of {len(by_step[0])} heads have another role at another of these steps."
+    return f"{moved} of {len(by_step[0])} heads change their role between these steps."
 
 
 def draw(told: dict[str, Any], path: Path) -> None:

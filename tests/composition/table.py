@@ -92,14 +92,18 @@ def cells(title, verdicts=None, families=FAMILIES, quick=None):
 HEAD = """# Sparse attention beside other features of Diffusers
 
 Each cell is a test in `tests/composition/` on a real Diffusers pipeline of tiny size with random
-weights; written by `python -m tests.composition.table`. **yes**: the feature was switched on
-before and after sparse attention, and both were taken off in either order; with the strategy
-`dense` the latents are bit for bit those of the feature alone, sparse they are the same in both
-orders, and those of plain sparse attention where the feature changes no numbers; afterwards the
-pipeline gives bit for bit what it gave before. **stock cannot**: diffusers {version} itself fails
-or does nothing there, and the test would notice if that changed. **refused**: we raise an error
-before anything is computed. **-**: the test of this row is for the other models. On a CPU only:
-no GPU has run this page.
+weights. `python -m tests.composition.table` writes this page. No test of this page has run on a
+GPU.
+
+- **yes**: the feature was switched on before and after sparse attention, and both were removed
+  in either order. With the strategy `dense`, the latents are bit-identical to those of the
+  feature alone. With a sparse strategy, they are the same in both orders, and equal to those of
+  plain sparse attention if the feature changes no numbers. Afterwards the pipeline gives
+  bit-identical results to those before.
+- **stock cannot**: diffusers {version} itself fails or has no effect there; the test would
+  detect a change.
+- **refused**: we raise an error before anything is computed.
+- **-**: the test of this row is for the other models.
 
 """
 

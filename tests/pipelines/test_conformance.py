@@ -33,11 +33,15 @@ ASKS = {
 TITLE = """# Conformance: every method on every family
 
 Each cell is a test (`tests/pipelines/test_conformance.py`) that runs the real Diffusers pipeline
-at tiny size with random weights: the latents are finite, the same for the same seed, and differ
-from dense; the reported density of every call equals a count of kept (query, key) tokens; static
-plans are built once, dynamic ones when their schedule says; what the method remembered is freed
-when the generation ends; after disabling, the latents are bit for bit those of the pipeline that
-was never touched. Random weights prove this and nothing about quality.
+at tiny size with random weights. It checks that
+
+- the latents are finite, the same for the same seed, and different from dense;
+- the reported density of every call equals a count of kept (query, key) tokens;
+- static plans are built once, and dynamic ones on the steps of their schedule;
+- the method's state is freed when the generation ends;
+- after disabling, the latents are bit-identical to those of the unmodified pipeline.
+
+Tests with random weights say nothing about quality.
 
 """
 
