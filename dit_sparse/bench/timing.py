@@ -60,9 +60,11 @@ def alternate(
 
 
 def dense_calls(
-    query: Tensor, key: Tensor, value: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, flex: bool = True
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """Give torch's own dense attention: every backend that takes this call.
+
+    ``flex``: FlexAttention too, which is compiled first, for half a minute or more.
 
     Returns:
         The calls by name, and for each backend that cannot run, why.
@@ -87,10 +89,11 @@ def dense_calls(
 
         tried[backend.name.lower()] = only
 
-    from torch.nn.attention.flex_attention import flex_attention
+    if flex:
+        from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
-    tried["flex_attention"] = lambda: compiled(q, k, v, scale=scale)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        tried["flex_attention"] = lambda: compiled(q, k, v, scale=scale)
     calls, against = {}, {}
     for name, call in tried.items():
         try:

@@ -53,9 +53,7 @@ PHRASES = (
 )
 FORBIDDEN = re.compile("|".join(PHRASES), re.IGNORECASE)
 # Pages and folders that are still to be rewritten: take them out as they are done.
-LATER = (
-    "docs/benchmarks/",
-)
+LATER = ("docs/benchmarks/",)
 
 
 JOINT = re.compile(r"""["']\n\s*f?["']""")  # between two pieces of one string

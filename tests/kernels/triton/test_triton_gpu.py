@@ -11,7 +11,7 @@ from dit_sparse.core.plan import BlockPlan
 from dit_sparse.kernels import reference
 from dit_sparse.kernels import triton_attention as kernel
 from dit_sparse.kernels.triton_hopper import hopper_reasons_against, hopper_tiling
-from tests.kernels.triton.plans import assert_close, carried_roundings, eager, oracle_mask
+from tests.kernels.triton.plans import DEVICE, assert_close, carried_roundings, eager, oracle_mask
 
 pytestmark = pytest.mark.gpu
 
@@ -24,8 +24,8 @@ def problem(head_dim, dtype, block, *, tokens=1500, heads=3):
     layout = BlockLayout.from_lengths([block] * full + [rest])
     mask = torch.rand(1, heads, layout.blocks, layout.blocks) < 0.4
     mask[:, 0, 1] = False
-    plan = BlockPlan.from_block_mask(mask, layout, layout).to("cuda")
-    fused = torch.randn(2, tokens, heads, 3 * head_dim, device="cuda").to(dtype)
+    plan = BlockPlan.from_block_mask(mask, layout, layout).to(DEVICE)
+    fused = torch.randn(2, tokens, heads, 3 * head_dim, device=DEVICE).to(dtype)
     return plan, *fused.chunk(3, -1)
 
 
@@ -81,7 +81,7 @@ def test_backward(head_dim, dtype):
 def test_tokens_beyond_32_bits_of_elements():
     """The last sample starts behind 2**31 elements."""
     layout = BlockLayout.from_lengths([64, 64])
-    plan = BlockPlan.full(layout, layout).to("cuda")
-    whole = torch.empty(3, 128, 2**16, 128, dtype=torch.bfloat16, device="cuda")
+    plan = BlockPlan.full(layout, layout).to(DEVICE)
+    whole = torch.empty(3, 128, 2**16, 128, dtype=torch.bfloat16, device=DEVICE)
     q = whole[:, :, -2:].normal_()
     check(plan, q, q, q)
