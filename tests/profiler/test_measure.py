@@ -193,7 +193,7 @@ def test_layers_have_their_own_states_and_forget_drops_them():
 def test_too_much_state_is_refused():
     grid = LatentsGrid(4, 4, 4)
     (candidate,) = resolve(parse_candidates("adaspa:density=0.25:block_size=8"), grid)
-    with pytest.raises(ProfileError, match=r"leave adaspa:density=0\.25"):
+    with pytest.raises(ProfileError, match=r"remove adaspa:density=0\.25"):
         Meter([candidate], state_limit=10).measure(call_of(grid), 0)
 
 

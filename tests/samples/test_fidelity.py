@@ -251,13 +251,14 @@ def test_arms_are_added_to_those_of_the_same_prompts_seeds_and_settings():
         return {
             "model": "wan-tiny", "prompts": ["a"], "seeds": [1], "video_share": 1.0,
             "call": {"height": 64, "weights": "b2"}, "command": "old", "missing": {},
-            "versions": {"torch": "2"},
+            "versions": {"torch": "2"}, "densities": [0.5, 0.25],
             "arms": {name: [{"psnr": value}] for name, value in arms.items()},
         }  # fmt: skip
 
     old = file(dense=0.0, radial=20.0) | {"missing": {"centroid": "why", "svg": "why"}}
-    new = file(dense=1.0, centroid=30.0) | {"command": "new"}
+    new = file(dense=1.0, centroid=30.0) | {"command": "new", "densities": [0.08, 0.25]}
     found = joined(old, new)
+    assert found["densities"] == [0.5, 0.25, 0.08]
     assert found["arms"] == file(dense=0.0, radial=20.0, centroid=30.0)["arms"]
     assert found["added"] == {"centroid": {"command": "new", "versions": {"torch": "2"}}}
     assert found["missing"] == {"svg": "why"}
