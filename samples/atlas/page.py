@@ -30,8 +30,8 @@ layers and steps, compared with the same architecture with random weights. These
 trained for this repository and do not represent other models. Two things carry over: the method,
 and the finding that random weights say nothing about sparse attention.
 `python samples/atlas/run.py samples/<model>` measures (one prompt, the conditional pass, exact
-softmax), and `python samples/atlas/page.py` writes this page; `docs/benchmarks/atlas/*.json` contains
-every head.
+softmax), and `python samples/atlas/page.py` writes this page; `docs/benchmarks/atlas/*.json`
+contains every head.
 
 - *best quarter*: the mean softmax mass that a block of 64 queries gives to the heaviest quarter
   of its key blocks. Uniform attention has 0.25, so nothing can be dropped for free.

@@ -28,8 +28,12 @@ One picture, one seed can decide a pair: the dense picture of the strip has no s
 prompt asks for, and many sparse ones paint some; that is a low PSNR, and no fault. So *right*
 beside it: 6 of 10 dense, 3 to 8 at half of the pairs, with no order in ten.
 
-- *mixed* has the best median at all three densities. *blade* is nearer in 6 of 10 pairs at 0.25,
-  and has more pictures right at all three: near to one dense picture is not the same as good.
+- *mixed* and *centroid* were measured later at 0.25 and 0.125, with a profiler that has clusters
+  and means among its candidates. The mix is 88 to 92 % *centroid*. It is 10.0 dB (standard error
+  2.3) and 7.0 dB (2.2) above the best row of before, the earlier mix, and 2.1 dB (0.8) and 1.4
+  dB (0.3) above *centroid* alone. It has 4 pictures right at both, fewer than *blade* at 0.25:
+  near to one dense picture is not the same as good. At 0.5 the mix is the earlier one, and has
+  the best median.
 - *sparsed* and *adaspa* come second and seventh at 0.5, last at 0.125: both search on a dense
   step, which is one of ten here. At 0.125 the nine others are left with 0.028, one block a row;
   both then choose the same blocks, and rows of blocks no longer see each other (the strip's torn
@@ -73,9 +77,11 @@ stripes that its prompt asks for, and most sparse ones paint some: a low PSNR, a
 *right* has no order in ten pairs: gna is last by PSNR at 0.5 and has most pictures right, 8 where
 dense has 5.
 
-- *mixed* has the best median at 0.5 and 0.25; at 0.125 it is level with svg, which keeps more
-  (0.134 against 0.118) and is nearer in 6 of 10 pairs. It turns from svg2 at 0.5 to blade, gna and
-  pooled at 0.125, where svg2 cannot go.
+- *mixed* and *centroid* were measured later at 0.25 and 0.125, with a profiler that has clusters
+  and means among its candidates. The mix is 88 to 93 % *centroid*. It is 13.7 dB (standard error
+  1.8) and 14.1 dB (1.2) above the best row of before. **At 0.25 it is below *centroid* alone by
+  1.7 dB (0.8)**; at 0.125 the two are level. At 0.5 the mix is the earlier one, and has the best
+  median.
 - *sparse_vdit* and *svg*, bands of neighbouring rows and columns, come second and third at 0.25,
   third and first at 0.125: a third to a half of this model's heads are skippable by the
   [atlas](../atlas.md), and what the others look for is near. (flux-tiny's heads are sharp, and
@@ -93,17 +99,16 @@ dense has 5.
   and refreshes are dense.
 """,
     "wan-tiny": """
-At 0.25 *mixed* and *centroid* were measured later than the other rows, with a profiler that
-screens its candidates and has clusters and means among them: 8.9 dB above the best method from a
-paper (standard error 0.7), 7.5 dB (0.9) above the mix that the profiler found before, and within
-two standard errors of *centroid* alone, which needs no search. At 0.5 and 0.125 the mix is still
-the one from before.
+At 0.25 and 0.125 *mixed* and *centroid* were measured later than the other rows. The profiler
+now screens its candidates, which include clusters and means, and a budget with means goes to the
+clusters that their means would represent worst. The mix is 79 to 85 % *centroid*. At 0.25 it is
+8.4 dB (standard error 1.0) above the mix that the profiler found before, which was the best row
+by mean PSNR, and at 0.125 8.1 dB (0.8). It is above *centroid* alone, which needs no search, by
+1.6 dB (0.6) and 1.2 dB (0.8). Both have 9 clips right at 0.25, where dense has 8. At 0.5 the mix
+is still the one from before; it has the higher PSNR in at least 8 of 10 pairs against each
+single method.
 
-There the mix has the higher PSNR in at least 8 of 10 pairs against each single method at 0.5, and
-in at least 7 at 0.125, where it alone has many clips right (5 of 10; pooled 2, blade 1, the others
-none). Some pairs turn against it: the red circle with seed 1001 has 21.8 dB at 0.5 where svg2 has
-25.1, the blue square with seed 1000 29.6 where blade has 31.9. All of this is at equal density,
-**not at equal time**: much of these mixes is svg2, whose clustering costs more on this CPU than it
+All of this is at equal density, **not at equal time**: clustering costs more on this CPU than it
 saves at 2304 tokens. A search for time (`--target`, `--budget`) takes other methods
 ([profiler](../profiler.md)).
 

@@ -50,6 +50,8 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
 - *mixed*: `dit-sparse profile`, least error at that density, over all methods; searched on other
   prompts and seeds. `sparse_vdit`: its own rule per head, epsilon (and lambda, where that is not
   enough) set for the density.
+- `centroid`: our own method, one density for all heads. `svg2+means` and `tiles+means` (where they
+  were measured): `svg2` and `composed` with means of what is dropped.
 - *mixed ahead*: the mean paired difference in PSNR between the mix and this method, in dB, and its
   standard error. A difference within two standard errors of 0 is not significant. Rows are ordered
   by mean PSNR, which is the same order; one pair can change a median of ten by several dB.
@@ -68,7 +70,8 @@ SSIM {{ "%.4f" | format(model.floor.ssim) }}.
 
 ![the first pair, dense above every method](fidelity/{{ model.model }}-strip.png)
 
-The first pair, dense on top.
+The first pair, dense on top{% if model.added %}; it shows the first run, before arms were added\
+{% endif %}.
 {% for density in model.densities %}
 ### Density {{ density }}{% if model.video_share < 1 %} of the video's pairs, \
 {{ "%.3f" | format(1 - model.video_share * (1 - density)) }} of all{% endif %}
