@@ -197,7 +197,7 @@ def add_means(
     lse: Tensor,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take the means of dropped blocks into the attention over kept keys, without gradients.
+    """Add the means of dropped blocks to the attention over kept keys, without gradients.
 
     Args:
         query: ``[batch, seq_len, heads, head_dim]``, any strides.

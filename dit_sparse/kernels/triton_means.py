@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means of dropped blocks in one launch: an online softmax that goes on where another stopped.
+"""Means of dropped blocks in one launch: it continues the online softmax of the kept keys.
 
-Output and LSE of the kept keys are what an online softmax knows after them, so the means of the
-dropped blocks (``means.py``) are a short list of keys that is read next. Neither scores nor a
-second output are stored.
+Output and LSE of the kept keys are the state of an online softmax after these keys, so the means
+of the dropped blocks (``means.py``) are read as more keys. Neither scores nor a second output are
+stored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dit_sparse.kernels.triton_launch import (
     strides_of,
     tile_constants,
 )
-from dit_sparse.kernels.triton_scores import LOG2_E, LOG2_E_REST, row_lse, soften
+from dit_sparse.kernels.triton_scores import load_lse, row_lse, soften
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def add_means_kernel(
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Take the means that ``BLOCK_M`` query rows read into their output and LSE, in place."""
+    """Add the means to output and LSE of ``BLOCK_M`` query rows, in place."""
     i_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
     q_at = side_offsets(q, i_batch, i_head)
@@ -92,11 +92,10 @@ def add_means_kernel(
     p_dropped += i_q.to(tl.int64) * means
     p_weight += i_batch * weight_strides[0] + i_head * weight_strides[1]
 
-    lse = tl.load(p_lse, mask=m_rows, other=float("-inf"))  # [BLOCK_M]
-    peak = lse * LOG2_E
-    # What the product was rounded by, and ``drift``, which ``row_lse`` adds.
-    lost = tl.fma(lse, LOG2_E, -peak) + lse * LOG2_E_REST - peak * drift
-    total = tl.where(lse == float("-inf"), 0.0, tl.exp2(lost))
+    peak, rest = load_lse(p_lse, m_rows, drift)  # [BLOCK_M]: +inf where nothing was kept
+    empty = peak == float("inf")
+    peak = tl.where(empty, float("-inf"), peak)
+    total = tl.where(empty, 0.0, tl.exp2(-rest))
     b_out = tl.load(p_output, mask=m_out, other=0.0).to(tl.float32) * total[:, None]
     offsets = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     start = tl.full([], 0, tl.int32)
@@ -132,7 +131,7 @@ def add_means_launch(
     lse: Tensor,
     tiling: Tiling,
 ) -> Launch:
-    """Say with which grid and arguments the means are taken into ``output`` and ``lse``.
+    """Say with which grid and arguments the means are added to ``output`` and ``lse``.
 
     Args:
         query: ``[batch, seq_len, heads, head_dim]``, any strides.

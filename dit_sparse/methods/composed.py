@@ -34,7 +34,7 @@ from dit_sparse.methods.lists import (
     share_of,
 )
 from dit_sparse.methods.order import morton_order, tile_order
-from dit_sparse.methods.selection import above_spread, best, error_of_means, within_budget
+from dit_sparse.methods.selection import above_spread, best, within_budget, worst_means
 from dit_sparse.methods.sides import Side, cluster_side, fixed_side, plan_groups
 
 if TYPE_CHECKING:
@@ -310,8 +310,9 @@ class Composed(Method):
         else:
             score, ties = self._weights(call, q, kv, video, ops, lse)
         if self.select == "budget" and self.compensate == "means":
+            shares = self._shares(score, kv, weights=not means)
             centres = means[1] if means else None
-            state["mask"] = self._within_budget(call, score, centres, q, kv, ops)
+            state["mask"] = worst_means(call, shares, centres, q, kv, self.density, ops)
         else:
             state["mask"] = self._kept(score, ties, q, kv, ops, weights=not means)
         state.update(q=q, kv=kv, made=call.step)
@@ -399,38 +400,13 @@ class Composed(Method):
         kept = above_spread(score, ~empty, self.threshold)
         return kept if self.compensate == "means" else kept | best(score, ~empty)
 
-    def _within_budget(
-        self,
-        call: AttentionCall,
-        score: Tensor,
-        centres: Tensor | None,
-        q: Side,
-        kv: Side,
-        ops: Ops,
-    ) -> Tensor:
-        """Select the pairs of groups that their means would replace worst.
-
-        ``centres`` are the key groups' means that the score is of; None: it is of weights.
-        """
-        keys = kv.counts[:, :, None]
-        if centres is None:
-            weight = score.float()
-            weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
-        else:
-            many = keys.float().log()  # -inf for empty groups
-            weight = (score if self.score == "centroid" else score + many).softmax(-1)
-        grid = call.grid
-        video = slice(grid.video_start, grid.video_start + grid.video_tokens)
-        # Channels vary alone, and the queries of a head are as long in all groups: an estimate.
-        query = call.query[:, video]
-        length = torch.cat([one.float().square().mean(1) for one in query.split(1, 2)], 1)
-        length = length * call.scale**2
-        _, spread = ops.moments(call.key[:, video], kv.groups, kv.order, length, centres)
-        mean, variance = ops.moments(call.value[:, video], kv.groups, kv.order)
-        worth = error_of_means(
-            weight, spread[:, :, None].float(), (mean.float(), variance.float()), kv.counts
-        )
-        return within_budget(worth, q, kv, self.density, ops, means=True)
+    def _shares(self, score: Tensor, kv: Side, *, weights: bool) -> Tensor:
+        """Give the share of each key group in a query group's attention; rows sum to 1."""
+        if weights:
+            score = score.float()
+            return score / score.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
+        sizes = kv.counts[:, :, None].float().log()  # -inf for empty groups
+        return (score if self.score == "centroid" else score + sizes).softmax(-1)
 
     def _per_key(self, score: Tensor, kv: Side, *, weights: bool) -> Tensor:
         """Spread the weight of a key group evenly over its keys; of scores its logarithm."""

@@ -15,7 +15,7 @@ from dit_sparse.core.machine import widest_float
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_sparse.core.call import Ops
+    from dit_sparse.core.call import AttentionCall, Ops
     from dit_sparse.methods.sides import Side
 
 
@@ -49,6 +49,45 @@ def within_budget(
     return ops.select_budget(value.masked_fill(first, torch.inf), rows * keys, budget) | first
 
 
+def worst_means(
+    call: AttentionCall,
+    weight: Tensor,
+    centres: Tensor | None,
+    q: Side,
+    kv: Side,
+    density: float,
+    ops: Ops,
+) -> Tensor:
+    """Keep the pairs of groups that their means would represent worst, within a head's budget.
+
+    Args:
+        call: The call.
+        weight: The share of each key group in the attention of a query group, fp32 ``[batch,
+            heads, q_groups, kv_groups]``.
+        centres: Means of the key groups, ``[batch, heads, kv_groups, head_dim]``; None: not known.
+        q: The query groups.
+        kv: The key groups.
+        density: Share of a head's pairs of tokens that may be computed, in (0, 1].
+        ops: The kernels' operations.
+
+    Returns:
+        bool, like ``weight``.
+    """
+    grid = call.grid
+    query, key, value = (
+        x[:, grid.video_start : grid.video_start + grid.video_tokens]
+        for x in (call.query, call.key, call.value)
+    )
+    # An estimate: channels vary independently, and a head's queries are alike in all groups.
+    squares = torch.cat([head.float().square().mean(1) for head in query.split(1, 2)], 1)
+    _, spread = ops.moments(key, kv.groups, kv.order, squares * call.scale**2, centres)
+    mean, variance = ops.moments(value, kv.groups, kv.order)
+    error = error_of_means(
+        weight, spread[:, :, None].float(), (mean.float(), variance.float()), kv.counts
+    )
+    return within_budget(error, q, kv, density, ops, means=True)
+
+
 @torch.no_grad()
 def error_of_means(
     weight: Tensor, spread: Tensor, value: tuple[Tensor, Tensor], keys: Tensor
@@ -75,12 +114,12 @@ def error_of_means(
     """
     mean, variance = value
     output = weight @ mean
-    apart = output.square().sum(-1)[..., None] + mean.square().sum(-1)[:, :, None]
-    apart = (apart - 2 * output @ mean.transpose(-1, -2)).clamp(min=0)
-    inner = variance[:, :, None] + spread / 4 * apart
-    many = keys.clamp(min=1)[:, :, None].to(weight.dtype)
-    # As a sum of logarithms, since the product leaves fp32 for values of 1e4.
-    return weight.log() - many.log() + (spread.log() + inner.log()) / 2
+    distance = output.square().sum(-1)[..., None] + mean.square().sum(-1)[:, :, None]
+    distance = (distance - 2 * output @ mean.transpose(-1, -2)).clamp(min=0)  # squared
+    of_values = variance[:, :, None] + spread / 4 * distance
+    sizes = keys.clamp(min=1)[:, :, None].to(weight.dtype)
+    # A sum of logarithms, because the product overflows fp32 for values of 1e4.
+    return weight.log() - sizes.log() + (spread.log() + of_values.log()) / 2
 
 
 def above_spread(score: Tensor, living: Tensor, spreads: float) -> Tensor:

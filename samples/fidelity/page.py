@@ -55,10 +55,23 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
 - *mixed ahead*: the mean paired difference in PSNR between the mix and this method, in dB, and its
   standard error. A difference within two standard errors of 0 is not significant. Rows are ordered
   by mean PSNR, which is the same order; one pair can change a median of ten by several dB.
+- *earlier mix*: what the profiler found before it screened candidates, and had clusters and means
+  among them; measured by the same command then.
 - *noise floor*: dense again with another SDPA backend.
 - Made again later on a processor of the same kind, search included, three arms of the first pair
   of wan-tiny, flux-tiny and cogvideox-tiny had the same density and PSNR to the last digit.
-{% for model in models %}
+{% if summary %}
+## Summary
+
+Mean PSNR of the mix, in dB, and its mean paired differences with standard errors: to `centroid`,
+to the best other row of its table (by mean PSNR), and to the best method alone.
+
+| model | density | mix | to `centroid` | to the best other row | to the best single method |
+|---|---|---|---|---|---|
+{% for row in summary -%}
+| {{ row | join(" | ") }} |
+{% endfor %}{% endif %}
+{%- for model in models %}
 ## {{ model.model }}
 
 {{ model.pairs }} pairs ({{ model.prompts | length }} prompts, {{ model.seeds | length }} seeds); \
@@ -148,6 +161,28 @@ def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
     return rows
 
 
+def summary(models: list[dict[str, Any]]) -> list[list[str]]:
+    """Write a row for each table that has our own method: what the mix is worth."""
+    rows = []
+    for model in models:
+        for density in model["densities"]:
+            suffix = f"-{100 * density:g}"
+            arms = {
+                name.removesuffix(suffix): arm
+                for name, arm in model["summed"].items()
+                if name.endswith(suffix)
+            }
+            if not {"mixed", "centroid"} <= set(arms):
+                continue
+            mixed, own = arms.pop("mixed"), arms.pop("centroid")
+            ranked = sorted(arms, key=lambda name: -mean(arms[name]["each_psnr"]))
+            single = [name for name in ranked if name not in {"earlier mix", "sparse_vdit"}]
+            others = (f"{ahead(mixed, arms[one])} ({one})" for one in (ranked[0], single[0]))
+            level = f"{mean(mixed['each_psnr']):.1f}"
+            rows.append([model["model"], f"{density:g}", level, ahead(mixed, own), *others])
+    return rows
+
+
 def made_of(told: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
     """Write each strategy's name and its shares, most pairs kept first."""
     rows = []
@@ -193,6 +228,7 @@ def model_of(path: Path) -> dict[str, Any]:
     told = json.loads(path.read_text())
     arms = {name: summed(rows) for name, rows in told["arms"].items() if name != "dense"}
     floor = arms.pop("floor", None)
+    told["summed"] = arms
     plot(told, arms, path.with_suffix(".png"))
     dense = told["arms"]["dense"]
     told["pairs"] = len(dense)
@@ -217,7 +253,9 @@ def main() -> None:
     """Write the page."""
     models = [model_of(path) for path in sorted(RESULTS.glob("*.json"))]
     environment = jinja2.Environment(autoescape=False)  # noqa: S701, Markdown from our own data
-    PAGE.write_text(environment.from_string(TEMPLATE).render(models=models))
+    PAGE.write_text(
+        environment.from_string(TEMPLATE).render(models=models, summary=summary(models))
+    )
 
 
 if __name__ == "__main__":

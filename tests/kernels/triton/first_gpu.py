@@ -157,13 +157,13 @@ def in_a_process(command: list[str], seconds: float) -> dict[str, Any]:
     )
     try:
         said, _ = process.communicate(timeout=seconds)
-        told = "" if process.returncode == 0 else said.strip()[-600:] or "no output"
+        message = "" if process.returncode == 0 else said.strip()[-600:] or "no output"
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        told = f"killed after {seconds:.0f} s"
-    return {"right": not told, "seconds": round(perf_counter() - began, 1), "told": told}
+        message = f"killed after {seconds:.0f} s"
+    return {"passed": not message, "seconds": round(perf_counter() - began, 1), "message": message}
 
 
 def milliseconds(call: Any, device: str) -> float:
@@ -263,7 +263,7 @@ def check_all(results: Results, sizes: Sizes, *, rehearse: bool, until: float) -
     def limited(command: list[str]) -> dict[str, Any]:
         seconds = min(CASE_SECONDS, results.left - until)
         if seconds < 1:
-            return {"right": None, "seconds": 0.0, "told": "no time left"}
+            return {"passed": None, "seconds": 0.0, "message": "no time left"}
         return in_a_process(command, seconds)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -312,14 +312,14 @@ def main() -> None:
     checker = shutil.which("compute-sanitizer")
     if checker is None or results.left < 15:
         why = "compute-sanitizer is not installed" if checker is None else "no time left"
-        results.add("memory_checker", "plan", {"right": None, "told": why})
+        results.add("memory_checker", "plan", {"passed": None, "message": why})
     else:
         case = f"plan/float16/{sizes.head_dims[0]}/everything"
         command = [checker, "--error-exitcode", "9", sys.executable, "-m", MODULE, "--case", case]
         results.add("memory_checker", case, in_a_process(command, results.left - 5))
-    wrong = [name for name, each in results.found["cases"].items() if each["right"] is False]
-    waiting = [name for name, told in results.found["waits"].items() if told]
-    sys.stdout.write(f"wrong: {wrong or 'none'}; waiting: {waiting or 'none'}\n")
+    failed = [name for name, each in results.found["cases"].items() if each["passed"] is False]
+    waiting = [name for name, message in results.found["waits"].items() if message]
+    sys.stdout.write(f"failed: {failed or 'none'}; host waits for the GPU: {waiting or 'none'}\n")
 
 
 if __name__ == "__main__":

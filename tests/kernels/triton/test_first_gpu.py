@@ -18,13 +18,13 @@ def results(tmp_path):
 
 def test_a_case_that_hangs_or_fails_is_told(tmp_path):
     hung = first.in_a_process([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    assert hung["right"] is False
-    assert hung["told"] == "killed after 0 s"
+    assert hung["passed"] is False
+    assert hung["message"] == "killed after 0 s"
     assert hung["seconds"] < 10
     failed = first.in_a_process([sys.executable, "-c", "raise SystemExit('output is off')"], 30)
-    assert failed["right"] is False
-    assert failed["told"] == "output is off"
-    assert first.in_a_process([sys.executable, "-c", "pass"], 30)["right"] is True
+    assert failed["passed"] is False
+    assert failed["message"] == "output is off"
+    assert first.in_a_process([sys.executable, "-c", "pass"], 30)["passed"] is True
 
 
 def test_every_kernel_has_cases():
@@ -61,4 +61,4 @@ def test_what_time_does_not_reach_is_told(results, monkeypatch):
     monkeypatch.setattr(first, "cases", lambda *_, **__: {"late": [sys.executable, "-c", "pass"]})
     first.check_all(results, first.TINY, rehearse=True, until=59.9)
     told = json.loads(results.path.read_text())["cases"]
-    assert told == {"late": {"right": None, "seconds": 0.0, "told": "no time left"}}
+    assert told == {"late": {"passed": None, "seconds": 0.0, "message": "no time left"}}
