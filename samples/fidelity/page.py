@@ -56,7 +56,8 @@ dense clip of the same prompt, seed and kernel. Medians over pairs, the worst pa
   standard error. A difference within two standard errors of 0 is not significant. Rows are ordered
   by mean PSNR, which is the same order; one pair can change a median of ten by several dB.
 - *earlier mix*: what the profiler found before it screened candidates, and had clusters and means
-  among them; measured by the same command then.
+  among them; measured by the same command then. Where a table has no newer mix, *mixed ahead* is
+  of this one.
 - *noise floor*: dense again with another SDPA backend.
 - Made again later on a processor of the same kind, search included, three arms of the first pair
   of wan-tiny, flux-tiny and cogvideox-tiny had the same density and PSNR to the last digit.
@@ -140,6 +141,7 @@ def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
     """Write the rows of one density, the best mean PSNR first."""
     suffix = f"-{100 * density:g}"
     chosen = {name: arm for name, arm in arms.items() if name.endswith(suffix)}
+    mixed = chosen.get(f"mixed{suffix}", chosen.get(f"earlier mix{suffix}"))
     rows = []
     for name, arm in sorted(chosen.items(), key=lambda pair: -mean(pair[1]["each_psnr"])):
         label = name.removesuffix(suffix)
@@ -147,7 +149,7 @@ def table(arms: dict[str, Any], density: float) -> list[dict[str, str]]:
             "label": f"**{label}**" if label == "mixed" else label,
             "density": f"{arm['density']:.3f}",
             "right": f"{arm['right']}/{arm['pairs']}",
-            "ahead": ahead(chosen.get(f"mixed{suffix}", arm), arm),
+            "ahead": ahead(arm if mixed is None else mixed, arm),
         }
         for key, short, form in (
             ("psnr", "psnr", ".2f"),
